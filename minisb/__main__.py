@@ -1,0 +1,34 @@
+"""python -m minisb COMMAND: the tools beside the two scripts.
+
+A command is a module with HELP, add_arguments(parser) and main(args) -> exit code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from minisb.cli import Parser, run
+
+#: Command -> its module, in the order of the help text.
+COMMANDS = {
+    "doctor": "minisb.doctor",
+    "info": "minisb.info",
+    "bench": "minisb.bench",
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="python -m minisb", description="The tools of minisb.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        module = importlib.import_module(module)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    args = parser.parse_args(arguments)
+    return args.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

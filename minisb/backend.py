@@ -1,0 +1,112 @@
+"""What runs an operation: `numpy` (the readable reference) or `cpu` (its Cython twins).
+
+An operation is a function `name(be, ...)` in minisb/ops, decorated with `@op`.  The backend may
+hold a compiled twin of the same name and signature; where it has none, the reference runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+# NumPy's OpenBLAS and OpenMP each keep a pool of threads.  A waiting OpenMP thread spins by
+# default and takes the core that the other pool needs: passive waiting makes them take turns.
+# Read once by the OpenMP runtime, so set before any native module is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+
+from minisb import blas, native
+from minisb.errors import MinisbError
+
+
+def op(reference):
+    """Make `reference(be, ...)` an operation: a native twin of the same name runs in its place."""
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def run(be, *args, **kwargs):
+        twin = be.natives.get(name)
+        return (twin or reference)(be, *args, **kwargs)
+
+    run.reference = reference
+    return run
+
+
+class Backend:
+    """NumPy, and the interface of every backend.
+
+    xp: the array module.  natives: operation name -> compiled (or a student's) function.
+    """
+
+    name = "numpy"
+    xp = np
+
+    def __init__(self, threads: int | None = None):
+        self.threads = threads or default_threads()
+        self.natives: dict = {}
+        blas.set_threads(self.threads)
+
+    def use(self, name: str, function):
+        """Swap in another implementation of one operation; lessons and tests do this."""
+        self.natives[name] = function
+
+    def gemm(self, a, b, out=None, ta=False, tb=False, accumulate=False):
+        """op(a) @ op(b) for matrices, op = transpose where ta / tb; `out` is written or, with
+        accumulate, added to.  The only matrix product of the hot path."""
+        a = a.T if ta else a
+        b = b.T if tb else b
+        if out is None:
+            return self.xp.matmul(a, b)
+        if accumulate:
+            out += self.xp.matmul(a, b)
+        else:
+            out[...] = self.xp.matmul(a, b)
+        return out
+
+
+class CpuBackend(Backend):
+    """NumPy with Cython natives.  `select` is "all", "none" or a comma-separated list of modules."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None, select: str = "all"):
+        super().__init__(threads)
+        modules = native.load(select)
+        for module in modules.values():
+            self.natives.update(module.TWINS)
+        self.modules = sorted(modules)
+        if "linear" in modules:
+            # Our own gemm cuts a product into slices and gives one to each thread, so BLAS
+            # itself stays on one: the slices depend on shapes only, hence equal bits.
+            blas.set_threads(1)
+            self.gemm = functools.partial(modules["linear"].gemm, self)
+        blas.keep_freed_memory()
+
+
+def default_threads() -> int:
+    """The cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def choose(device: str = "auto", select: str = "all", threads: int | None = None) -> tuple[Backend, str]:
+    """Pick a backend.  Returns it with the reason, one clause to print.
+
+    Raises MinisbError for a device that this machine lacks or for a thread count under 1.
+    """
+    if threads is not None and threads < 1:
+        raise MinisbError(f"--threads must be at least 1, got {threads}.")
+    if device == "cuda":
+        raise MinisbError("no GPU backend here yet: use --device cpu.")
+    if device not in ("auto", "cpu"):
+        raise MinisbError(f"unknown device {device!r}; choose from auto, cpu, cuda.")
+    if select == "none":
+        return Backend(threads), "NumPy only, as --native none asks"
+    be = CpuBackend(threads, select)
+    if not be.modules:
+        return Backend(threads), "NumPy only: " + native.why_missing()
+    return be, f"{be.threads} thread{'s' * (be.threads > 1)}, natives: {', '.join(be.modules)}"

@@ -1,0 +1,196 @@
+"""Model and training settings, and the presets.
+
+Letters used everywhere: B batch, T time, C model width, H query heads, G key/value heads,
+D head size, F feed-forward width, V vocabulary, W window, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from minisb.errors import MinisbError
+
+#: Projections whose input can be spike-coded: the eight of a GLA layer (a window layer has no gk).
+SPIKE_PROJECTIONS = ("q", "k", "v", "gk", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a SpikingBrain.  Subclasses below are the presets."""
+
+    preset: str = "custom"
+    vocab: int = 4096  # V, rows of the embedding
+    width: int = 128  # C, channels of the residual stream
+    layers: int = 6  # L
+    heads: int = 4  # H, query heads
+    kv_heads: int = 2  # G, key/value heads: H/G query heads share one
+    head_dim: int = 32  # D
+    ffn: int = 384  # F, hidden width of the SwiGLU
+    window: int = 128  # W, keys a windowed token sees, itself included
+    # The mixer of layer i is mixers[i % len(mixers)]: "gla", "window" or "full".
+    # Linear attention first, then a window, as in the 7B (report, section 3.1).
+    mixers: tuple[str, ...] = ("gla", "window")
+    gate_rank: int = 16  # inner width of the low-rank gate W1 W2
+    gate_divisor: float = 16.0  # log g = logsigmoid(z) / 16: slow forgetting to begin with
+    rope_theta: float = 1e6  # rotary base of the softmax layers; GLA has no positions
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True  # Qwen2.5 has a bias on q, k and v and nowhere else
+    tied: bool = True  # the head reuses the embedding: small models cannot afford two
+    spike_k: float = 3.0  # threshold = mean|x| / k (eq. 19): larger k, finer spikes
+    spike: tuple[str, ...] = SPIKE_PROJECTIONS  # which projections read spikes when spiking is on
+
+    # Settings of training that belong to a size: what a laptop or one GPU does well.
+    seq_len: int = 256  # T
+    batch_size: int = 4  # B, sequences a step
+    steps: int = 2000
+    lr: float = 4e-3  # peak learning rate, after warm-up
+
+    def __post_init__(self):
+        positive = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "window",
+                    "gate_rank", "seq_len", "batch_size", "steps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise MinisbError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.heads % self.kv_heads:
+            raise MinisbError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly.")
+        if self.head_dim % 2:
+            raise MinisbError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
+        if self.width % self.heads:
+            raise MinisbError(f"width {self.width} is not divisible by {self.heads} heads.")
+        for name in ("spike_k", "rope_theta", "gate_divisor", "norm_eps", "lr"):
+            if not getattr(self, name) > 0:
+                raise MinisbError(f"{name} must be above 0, got {getattr(self, name)}.")
+        unknown = [p for p in self.spike if p not in SPIKE_PROJECTIONS]
+        if unknown:
+            raise MinisbError(f"unknown projection {unknown[0]!r} in spike; choose from {', '.join(SPIKE_PROJECTIONS)}.")
+        unknown = [m for m in self.mixers if m not in ("gla", "window", "full")]
+        if unknown or not self.mixers:
+            raise MinisbError(f"unknown mixer {unknown[:1]}; choose from gla, window, full.")
+
+    def mixer(self, layer: int) -> str:
+        return self.mixers[layer % len(self.mixers)]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> Config:
+        """Inverse of to_dict.  Unknown keys are an error: a newer format must not be half read."""
+        known = {f.name for f in fields(Config)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise MinisbError(f"the configuration has a setting this version does not know: {unknown[0]}.")
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return Config(**values)
+
+
+@dataclass(frozen=True)
+class Nano(Config):
+    """About 1.5M parameters: learns Python on a laptop while the kettle boils."""
+
+    preset: str = "nano"
+
+
+@dataclass(frozen=True)
+class Small(Config):
+    """About 30M: an evening on a good CPU, minutes on a GPU."""
+
+    preset: str = "small"
+    width: int = 512
+    layers: int = 10
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    ffn: int = 1408
+    window: int = 256
+    seq_len: int = 512
+    batch_size: int = 8
+    steps: int = 3000
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class M124(Config):
+    """GPT-2's size, 124M, with its depth and width: a GPU's work."""
+
+    preset: str = "124m"
+    vocab: int = 50304  # GPT-2's 50,257 rounded up to a multiple of 64
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    kv_heads: int = 12
+    head_dim: int = 64
+    ffn: int = 2048
+    window: int = 512
+    seq_len: int = 1024
+    batch_size: int = 16
+    steps: int = 20000
+    lr: float = 6e-4
+
+
+@dataclass(frozen=True)
+class B1(Config):
+    """Llama-3.2-1B's shape as a hybrid: the size of the report's decoding test on a desktop CPU."""
+
+    preset: str = "1b"
+    vocab: int = 128256
+    width: int = 2048
+    layers: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    ffn: int = 8192
+    window: int = 1024
+    qkv_bias: bool = False  # Llama has none
+    rope_theta: float = 5e5
+    norm_eps: float = 1e-5
+    seq_len: int = 4096
+    batch_size: int = 2
+    steps: int = 10000
+    lr: float = 3e-4
+
+
+@dataclass(frozen=True)
+class B7(Config):
+    """SpikingBrain-7B (report, section 3.1): Qwen2.5-7B's widths, layers alternating."""
+
+    preset: str = "7b"
+    vocab: int = 152064
+    width: int = 3584
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+    ffn: int = 18944
+    window: int = 4096
+    tied: bool = False
+    seq_len: int = 8192
+    batch_size: int = 1
+    steps: int = 10000
+    lr: float = 3e-5
+
+
+@dataclass(frozen=True)
+class B7Mini(Config):
+    """The 7B at 1:1000: the same 28 layers in the same order, every width divided by 32."""
+
+    preset: str = "7b-mini"
+    width: int = 112
+    layers: int = 28
+    heads: int = 7
+    kv_heads: int = 1
+    head_dim: int = 16
+    ffn: int = 592
+    tied: bool = False
+    steps: int = 2000
+    lr: float = 2e-3
+
+
+PRESETS: dict[str, type[Config]] = {cls.preset: cls for cls in (Nano, Small, M124, B1, B7, B7Mini)}
+
+
+def preset(name: str, **changes) -> Config:
+    """The preset `name` with some settings changed.  Raises MinisbError for an unknown name."""
+    if name not in PRESETS:
+        raise MinisbError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}.")
+    return PRESETS[name](**changes)

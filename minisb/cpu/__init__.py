@@ -1,0 +1,1 @@
+"""Cython twins of minisb/ops: the same names, compiled, on several threads."""

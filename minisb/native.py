@@ -1,0 +1,60 @@
+"""Loading the compiled twins in minisb/cpu, and saying in a sentence why one is not there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from pathlib import Path
+
+from minisb.errors import MinisbError
+
+#: One module per operation; each has a table TWINS of operation name -> function.
+MODULES = ("linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw")
+
+
+@functools.cache
+def _load(module: str):
+    """(module, "") or (None, the reason)."""
+    found = importlib.util.find_spec(f"minisb.cpu.{module}")
+    if found is None or found.origin is None:
+        return None, "not compiled"
+    compiled = Path(found.origin)
+    source = Path(__file__).parent / "cpu" / f"{module}.pyx"
+    if source.exists() and source.stat().st_mtime > compiled.stat().st_mtime + 1:
+        return None, f"older than {source.name}: run `pip install -e .` again"
+    try:
+        return importlib.import_module(f"minisb.cpu.{module}"), ""
+    except (ImportError, OSError) as error:
+        return None, f"cannot be loaded here ({error})"
+
+
+def load(select: str = "all") -> dict:
+    """The natives named by `select` ("all" or a comma-separated list of MODULES).
+
+    Missing ones are left out; a stale or foreign one is named in a warning.  Raises MinisbError
+    for a name that is not in MODULES.
+    """
+    names = MODULES if select == "all" else [n for n in select.split(",") if n]
+    unknown = [n for n in names if n not in MODULES]
+    if unknown:
+        raise MinisbError(f"unknown native {unknown[0]!r}; choose from all, none, {', '.join(MODULES)}.")
+    loaded = {}
+    for name in names:
+        module, reason = _load(name)
+        if module is not None:
+            loaded[name] = module
+        elif reason != "not compiled":
+            warnings.warn(f"minisb.cpu.{name} is skipped: {reason}.", stacklevel=2)
+    return loaded
+
+
+def status() -> dict[str, str]:
+    """Module name -> "" if it is loaded, else the reason."""
+    return {name: _load(name)[1] for name in MODULES}
+
+
+def why_missing() -> str:
+    reasons = {reason for reason in status().values() if reason}
+    return f"the natives are {' and '.join(sorted(reasons))} (see `python -m minisb doctor`)"

@@ -1,0 +1,99 @@
+"""What decoding remembers: one entry a layer, of a size that does not depend on how much was read.
+
+GLA keeps a matrix [B,G,D,D].  A windowed layer keeps its last W keys and values in a ring.
+Only full attention keeps everything.
+"""
+
+from __future__ import annotations
+
+from minisb.config import Config
+
+
+class GLAState:
+    """The state matrix of linear attention, (B,G,D,D), key axis first."""
+
+    def __init__(self, be, config: Config, batch: int, dtype):
+        shape = (batch, config.kv_heads, config.head_dim, config.head_dim)
+        self.matrix = be.xp.zeros(shape, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+    def copy(self):
+        twin = object.__new__(type(self))
+        twin.matrix = self.matrix.copy()
+        return twin
+
+
+class KeyValueCache:
+    """Keys (after RoPE) and values of a softmax layer, (B,S,G,D).
+
+    window: a ring of W slots; the token at position t sits in slot t mod W.
+    window None: all tokens are kept, and the arrays double when they are full.
+    """
+
+    def __init__(self, be, config: Config, batch: int, dtype, window: int | None):
+        self.be, self.window, self.seen = be, window, 0
+        shape = (batch, window or 64, config.kv_heads, config.head_dim)
+        self.k = be.xp.zeros(shape, dtype)
+        self.v = be.xp.zeros(shape, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def count(self) -> int:
+        """Slots in use."""
+        return min(self.seen, self.window) if self.window else self.seen
+
+    def append(self, k, v):
+        """Remember the keys and values (B,T,G,D) of the next T tokens."""
+        T = k.shape[1]
+        if not self.window:
+            self._grow(self.seen + T)
+        slots = self.k.shape[1]
+        first = max(0, T - slots)  # tokens before this one would be overwritten at once
+        at = (self.seen + self.be.xp.arange(first, T)) % slots
+        self.k[:, at], self.v[:, at] = k[:, first:], v[:, first:]
+        self.seen += T
+
+    def past(self):
+        """Keys and values that the next token may see, oldest first."""
+        if not self.window:
+            return self.k[:, : self.seen], self.v[:, : self.seen]
+        length = min(self.seen, self.window - 1)
+        at = self.be.xp.arange(self.seen - length, self.seen) % self.window
+        return self.k[:, at], self.v[:, at]
+
+    def copy(self):
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, k=self.k.copy(), v=self.v.copy())
+        return twin
+
+    def _grow(self, needed: int):
+        slots = self.k.shape[1]
+        if needed <= slots:
+            return
+        while slots < needed:
+            slots *= 2
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = self.be.xp.zeros((old.shape[0], slots, *old.shape[2:]), old.dtype)
+            new[:, : old.shape[1]] = old
+            setattr(self, name, new)
+
+
+class DecodeState:
+    """The memory of a whole model between two calls of prefill or step."""
+
+    def __init__(self, layers: list, position: int = 0):
+        self.layers, self.position = layers, position
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def copy(self) -> DecodeState:
+        return DecodeState([layer.copy() for layer in self.layers], self.position)

@@ -1,0 +1,347 @@
+"""Training: batches, gradients, clipping, AdamW, evaluation, log, checkpoints, and going on later.
+
+Everything that a step reads is the weights, the two moments, and the step's number: batches and
+learning rates are functions of (seed, step).  A resumed run is therefore bit-equal to one that
+was never stopped, on the same machine and build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minisb import checkpoint
+from minisb.config import Config
+from minisb.data import TokenData, batch, bigram_loss, eval_batches
+from minisb.errors import MinisbError
+from minisb.model import SpikingBrain, specs
+from minisb.ops.adamw import grad_norm
+from minisb.ops.spike import window_sparsity
+from minisb.optim import lr_at, update
+from minisb.params import ParamStore, count
+
+#: Evaluation reads the validation text from its beginning, up to this many tokens: a glance
+#: during training, and at the end enough for three digits in a few seconds.
+GLANCE_TOKENS, FINAL_TOKENS = 1 << 14, 1 << 18
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a run trains, beside what its Config says (steps, batch size, sequence length, lr)."""
+
+    data: str = "stdlib"  # a corpus by name, or the path of a file or folder
+    seed: int = 0  # of the initial weights and of the order of batches
+    accumulate: int = 1  # batches whose gradients are averaged in one step
+    spike_from: float = 0.8  # spikes are on from this share of the steps: at first, floats learn faster
+    warmup: float = 0.05  # share of the steps with a rising learning rate
+    lr_floor: float = 0.1  # of the peak, at the last step
+    beta1: float = 0.9
+    beta2: float = 0.95  # shorter than Adam's 0.999: language models forget old gradient sizes
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices only, times the learning rate
+    clip: float = 1.0  # largest norm of the whole gradient
+    log_every: int = 10  # steps between two lines of log.jsonl
+    eval_every: int = 250
+    checkpoint_every: int = 500
+    device: str = "auto"
+    dtype: str = "float32"
+    native: str = "all"  # another choice sums in another order, so resume keeps to it
+
+    def __post_init__(self):
+        for name in ("accumulate", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise MinisbError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("spike_from", "warmup", "lr_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MinisbError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise MinisbError(f"the seed must be at least 0, got {self.seed}.")
+
+    @staticmethod
+    def from_dict(values: dict) -> TrainSettings:
+        """The settings in a run's config.json.  Raises MinisbError for one it does not know."""
+        unknown = sorted(set(values) - {f.name for f in fields(TrainSettings)})
+        if unknown:
+            raise MinisbError(f"the run has a training setting this version does not know: {unknown[0]}.")
+        return TrainSettings(**values)
+
+
+class Trainer:
+    """One run.  What counts is `model.store` (weights, moments) and `step`, the updates done."""
+
+    def __init__(self, folder, model: SpikingBrain, settings: TrainSettings, data: TokenData, step: int = 0):
+        self.folder, self.model, self.settings, self.data, self.step = Path(folder), model, settings, data, step
+        self.first = self.saved = step  # where this process began, and what is on disk
+        self.clock = Clock()
+        self.logged = (step, 0.0)  # step and clock at the last record
+        c = model.config
+        for name, tokens in (("training", data.train), ("validation", data.val)):
+            if len(tokens) <= c.seq_len:
+                raise MinisbError(
+                    f"the {name} text has {len(tokens)} tokens, too few for a sequence length of "
+                    f"{c.seq_len}: use more text or a smaller --seq-len."
+                )
+        if not math.isfinite(c.lr):
+            raise MinisbError(f"the learning rate must be a finite number, got {c.lr}.")
+
+    @property
+    def tokens_per_step(self) -> int:
+        c = self.model.config
+        return self.settings.accumulate * c.batch_size * c.seq_len
+
+    @property
+    def spiking(self) -> bool:
+        return self.step >= round(self.settings.spike_from * self.model.config.steps)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the steps done by this process, without evaluations and checkpoints."""
+        done = self.step - self.first
+        return round(done * self.tokens_per_step / self.clock.seconds, 1) if self.clock.seconds else None
+
+    def run(self) -> bool:
+        """Train to the last step (True) or to a Ctrl-C (False); either way the state is on disk.
+
+        Raises MinisbError when the loss or a gradient stops being finite, or memory runs out;
+        the folder then keeps the last good checkpoint.
+        """
+        steps = self.model.config.steps
+        bar = tqdm(total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        # Overflow shows in the loss, which is checked; NumPy's warnings would only repeat it.
+        with bar, Interrupt() as interrupt, np.errstate(all="ignore"):
+            try:
+                finished = self._loop(steps, bar, interrupt)
+            except MemoryError as error:
+                raise MinisbError(
+                    "out of memory: a smaller --batch-size or --seq-len needs less (with --accumulate "
+                    f"for the same step); {self.folder} keeps its checkpoint of step {self.saved}."
+                ) from error
+        return finished
+
+    def _loop(self, steps: int, bar, interrupt: Interrupt) -> bool:
+        while self.step < steps:
+            with self.clock:
+                loss, norm = self.gradients()
+            # Saved here and not right after the update, because by now these weights have been
+            # used once: what is saved is known to give a finite loss and a finite gradient.
+            due = self.step % self.settings.checkpoint_every == 0 and self.step > self.first
+            if due or interrupt.asked:
+                self.save()
+            if interrupt.asked:
+                return False
+            lr = self._learning_rate()
+            with self.clock:
+                update(self.model.be, self.model.store, self.step + 1, lr, norm, self.settings)
+            self.step += 1
+            self._record(loss, lr, norm)
+            bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s", refresh=False)
+            bar.update()
+        self.save()
+        return True
+
+    def gradients(self) -> tuple[float, float]:
+        """Mean loss of this step's batches and the norm of its gradient, which is left in store.g."""
+        c, s = self.model.config, self.settings
+        # One large batch in slices, so that accumulating N is the same step as a batch N times larger.
+        x, y = batch(self.data.train, c.batch_size * s.accumulate, c.seq_len, s.seed, self.step)
+        asarray = self.model.be.xp.asarray
+        self.model.store.zero_grad()
+        loss = 0.0
+        for start in range(0, len(x), c.batch_size):
+            rows = slice(start, start + c.batch_size)
+            part = self.model.loss_and_backward(asarray(x[rows]), asarray(y[rows]), self.spiking, 1 / s.accumulate)
+            loss += part / s.accumulate
+        norm = grad_norm(self.model.be, self.model.store.flat_g)
+        self._check_finite(loss=loss, gradient=norm)
+        return loss, norm
+
+    def save(self):
+        checkpoint.save_state(self.folder, self.model.store, self.step)
+        self.saved = self.step
+
+    def _learning_rate(self) -> float:
+        c, s = self.model.config, self.settings
+        return lr_at(self.step, c.lr, c.steps, round(s.warmup * c.steps), s.lr_floor)
+
+    def _record(self, loss: float, lr: float, norm: float):
+        """A line of the log, if this step has one, with an evaluation if it has that."""
+        s, last = self.settings, self.step == self.model.config.steps
+        evaluated = last or self.step % s.eval_every == 0
+        if not (evaluated or self.step == 1 or self.step % s.log_every == 0):
+            return
+        (step, seconds), self.logged = self.logged, (self.step, self.clock.seconds)
+        rate = (self.step - step) * self.tokens_per_step / (self.clock.seconds - seconds)
+        record = {"step": self.step, "tokens": self.step * self.tokens_per_step, "loss": loss, "lr": lr}
+        record |= {"grad_norm": norm, "tok_per_s": round(rate, 1)}
+        if evaluated:
+            found = evaluate(self.model, whole_windows(self.data.val, self.model.config, GLANCE_TOKENS))
+            self._check_finite(validation_loss=found["val_loss"])
+            record |= found
+            tqdm.write(_progress(record))
+        checkpoint.append_log(self.folder, record)
+
+    def _check_finite(self, **values: float):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise MinisbError(
+                    f"the {name.replace('_', ' ')} became {value} after step {self.step}, so training stopped: try a "
+                    f"lower --lr; {self.folder} keeps its last good checkpoint, of step {self.saved}."
+                )
+
+    def summary(self) -> dict:
+        """The run's last word, for a finished run: losses on much of the validation text."""
+        c, data = self.model.config, self.data
+        val = whole_windows(data.val, c, FINAL_TOKENS)
+        found = evaluate(self.model, val)
+        found["bigram_loss"] = bigram_loss(data.train, val, c.vocab)  # on the very same tokens
+        to_bits = len(data.val) / data.val_bytes / math.log(2)
+        per_byte = {f"{name}_bits_per_byte": found[name] * to_bits for name in found if "loss" in name}
+        last = [r["loss"] for r in checkpoint.read_log(self.folder) if r["step"] > 0.95 * c.steps and "loss" in r]
+        return {
+            "params": count(self.model.specs),
+            "steps": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "train_loss": float(np.mean(last)) if last else None,  # over the last 5 % of the steps
+            **found,
+            **per_byte,
+            "tok_per_s": self.tokens_per_second,
+        }
+
+
+def start(folder, config: Config, settings: TrainSettings, be, tokenizer, data: TokenData) -> Trainer:
+    """A new run in `folder`, which then holds a checkpoint of step 0."""
+    store = ParamStore(specs(config), be.xp, optimizer=True)
+    store.initialise(settings.seed)
+    trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data)
+    checkpoint.remove_stale(folder)
+    tokenizer.save(Path(folder) / checkpoint.TOKENIZER)
+    checkpoint.trim_log(folder, -1)
+    trainer.save()
+    checkpoint.save_config(folder, config, asdict(settings), tokenizer, describe_data(data))
+    return trainer
+
+
+def resume(folder, config: Config, settings: TrainSettings, be, data: TokenData) -> Trainer:
+    """The run in `folder`, as its last checkpoint left it.  Raises MinisbError if that is damaged."""
+    store = ParamStore(specs(config), be.xp, optimizer=True)
+    step = checkpoint.load_state(folder, store)
+    trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, step)
+    checkpoint.remove_stale(folder)
+    checkpoint.trim_log(folder, step)
+    checkpoint.save_weights(folder, store, step)  # derived: a kill may have left an older one
+    return trainer
+
+
+def describe_data(data: TokenData) -> dict:
+    """What config.json keeps to tell, on resume, whether the text is still the same."""
+    digest = hashlib.blake2b(np.ascontiguousarray(data.train), digest_size=16).hexdigest()
+    return {"train_tokens": len(data.train), "val_tokens": len(data.val), "digest": digest}
+
+
+def whole_windows(tokens, config: Config, limit: int):
+    """The first `limit` tokens or fewer, so that they are windows of T and one last target."""
+    windows = min(len(tokens) - 1, max(limit, config.seq_len)) // config.seq_len
+    return tokens[: windows * config.seq_len + 1]
+
+
+def evaluate(model: SpikingBrain, tokens) -> dict:
+    """Losses in nats per token of `tokens` (N,), and what spikes leave empty.
+
+    val_loss is with float activations, val_loss_spike with spikes, from the same weights.
+    sparsity: of the counts of the first batch, see window_sparsity; None if nothing spikes.
+    """
+    c = model.config
+    slots = []
+
+    def tap(name, array):
+        if name.endswith(".count"):
+            slots.append((window_sparsity(model.be, array), array.size))
+
+    losses = {}
+    for name, spike in (("val_loss", False), ("val_loss_spike", True)):
+        total = read = 0
+        for i, (x, y) in enumerate(eval_batches(tokens, c.batch_size, c.seq_len)):
+            x, y = model.be.xp.asarray(x), model.be.xp.asarray(y)
+            total += y.size * model.loss(x, y, spike, tap if spike and i == 0 else None)
+            read += y.size
+        losses[name] = total / read
+    shares, sizes = np.array(slots).reshape(-1, 2).T
+    sparsity = float(np.average(shares, weights=sizes)) if slots else None
+    return {**losses, "sparsity": sparsity}
+
+
+def check_memory(config: Config):
+    """Raises MinisbError if weights, gradients and moments alone are more than this machine has."""
+    need, have = 16 * count(specs(config)), memory()
+    if have is not None and need > have:
+        raise MinisbError(
+            f"out of memory: training {config.preset} takes {need / 1e9:.1f} GB for weights, gradients and "
+            f"optimiser state alone, and this machine has {have / 1e9:.1f} GB; choose a smaller preset."
+        )
+
+
+def memory() -> int | None:
+    """Bytes of main memory that this process may use, None where nobody says."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    try:  # a container's limit, often below the machine's
+        return min(have, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return have
+
+
+class Clock:
+    """`with clock:` adds up seconds."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self.started
+
+
+class Interrupt:
+    """Inside, the first Ctrl-C only sets `asked`: the loop stops where its state is whole.
+
+    A second one raises KeyboardInterrupt as usual, and what was not saved is lost.
+    """
+
+    asked = False
+
+    def __enter__(self):
+        try:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not the main thread: signals are someone else's
+            self.before = None
+        return self
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print: a handler may run in the middle of one.  2 is stderr.
+        os.write(2, b"\nsaving after this step (Ctrl-C again quits at once)\n")
+
+
+def _progress(record: dict) -> str:
+    return (
+        f"step {record['step']:6d}   loss {record['loss']:.3f}   val {record['val_loss']:.3f}   "
+        f"val with spikes {record['val_loss_spike']:.3f}   {record['tok_per_s']:,.0f} tokens/s"
+    )

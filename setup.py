@@ -1,0 +1,67 @@
+"""Builds the natives in minisb/cpu.  Everything else about the package stands in pyproject.toml.
+
+Without a compiler the package installs all the same and runs on NumPy alone: every extension is
+optional.  An editable install is built for this very machine (-march=native); a wheel is plain.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVES = sorted(path.stem for path in Path("minisb/cpu").glob("*.pyx"))
+
+if sys.platform == "win32":
+    FLAGS, LINK = ["/O2", "/openmp"], []
+elif sys.platform == "darwin":  # Apple's clang has no OpenMP of its own: one thread
+    FLAGS, LINK = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"], []
+else:
+    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
+    FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-fopenmp"]
+    # Our rows are short: a call of memset costs more than the row it clears.
+    FLAGS += ["-fno-tree-loop-distribute-patterns"]
+    LINK = ["-fopenmp"]
+
+
+class BuildNatives(build_ext):
+    """Compile several modules at once, and for this machine if the install is editable."""
+
+    def build_extensions(self):
+        self.parallel = self.parallel or os.cpu_count()
+        editable = self.inplace or getattr(self, "editable_mode", False)
+        for extension in self.extensions:
+            extension.extra_compile_args = FLAGS + (["-march=native"] if editable and sys.platform != "win32" else [])
+            extension.extra_link_args = LINK
+        super().build_extensions()
+
+
+def extensions():
+    try:
+        from Cython.Build import cythonize
+    except ImportError:
+        return []
+    sources = [Extension(f"minisb.cpu.{name}", [f"minisb/cpu/{name}.pyx"], include_dirs=["minisb/cpu"]) for name in NATIVES]
+    built = cythonize(sources, language_level=3, quiet=True, nthreads=0, compiler_directives={
+        "boundscheck": bool(os.environ.get("MINISB_CHECK")),  # MINISB_CHECK=1 pip install -e .  turns checks on
+        "wraparound": False,
+        "cdivision": True,
+        "initializedcheck": False,
+    })
+    for extension in built:
+        extension.optional = True  # cythonize drops it
+    return built
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNatives},
+    packages=["minisb", "minisb.ops", "minisb.cpu", "minisb.cuda"],
+    package_dir={"minisb.cuda": "cuda"},
+    package_data={
+        "minisb": ["assets/*"],
+        "minisb.cpu": ["*.pyx", "*.pxd", "*.h"],
+        "minisb.cuda": ["*.cu", "*.cuh"],
+    },
+)

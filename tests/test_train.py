@@ -1,0 +1,345 @@
+"""The loop: schedule, clipping, accumulation, learning at all, Ctrl-C, threads, what it reports."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+
+from minisb import checkpoint, train
+from minisb.backend import Backend, CpuBackend
+from minisb.data import TokenData, batch
+from minisb.errors import MinisbError
+from minisb.gradcheck import relative_rms
+from minisb.model import SpikingBrain, specs
+from minisb.ops.adamw import grad_norm
+from minisb.ops.spike import window_sparsity
+from minisb.optim import clip_scale, lr_at, update
+from minisb.params import ParamStore
+from minisb.tokenizer import Tokenizer
+from minisb.train import Trainer, TrainSettings, evaluate, resume, start, whole_windows
+
+BYTES = Tokenizer([bytes([i]) for i in range(256)])
+CONFIG = tiny_run.Tiny(vocab=257)
+SETTINGS = TrainSettings(eval_every=4, checkpoint_every=3, spike_from=0.5, log_every=2)
+
+
+def byte_data(lines=60) -> TokenData:
+    rng = random.Random(1)
+    text = [" ".join(rng.choice(tiny_run.WORDS) for _ in range(8)) + "\n" for _ in range(lines)]
+    train_text, val_text = "".join(text[:-10]).encode(), "".join(text[-10:]).encode()
+    return TokenData(*(np.frombuffer(t, np.uint8).astype(np.uint16) for t in (train_text, val_text)),
+                     len(train_text), len(val_text))  # fmt: skip
+
+
+DATA = byte_data()
+
+
+def begin(folder, config=CONFIG, settings=SETTINGS, be=None) -> Trainer:
+    return start(folder, config, settings, be or Backend(), BYTES, DATA)
+
+
+def new_model(config=CONFIG, seed=0):
+    store = ParamStore(specs(config), optimizer=True)
+    store.initialise(seed)
+    return SpikingBrain(config, Backend(), store)
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    flats = ("flat_p", "flat_m", "flat_v")
+    return a.step == b.step and all(np.array_equal(getattr(a.model.store, n), getattr(b.model.store, n)) for n in flats)
+
+
+def records(folder) -> list:
+    return [{k: v for k, v in r.items() if k != "tok_per_s"} for r in checkpoint.read_log(folder)]
+
+
+# --- schedule and clipping
+
+
+def test_learning_rate_rises_in_a_line_then_falls_to_its_floor():
+    rates = [lr_at(step, 2.0, 100, 10, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert max(rates) == rates[9] == rates[10] == 2.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[10] + rates[99] == pytest.approx(rates[40] + rates[69])  # a cosine is symmetric
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (2, 1), (3, 0), (5, 5)])
+def test_learning_rate_of_very_short_runs(steps, warmup):
+    rates = [lr_at(step, 1.0, steps, warmup, 0.1) for step in range(steps)]
+    assert all(0.1 - 1e-9 <= rate <= 1 for rate in rates)
+
+
+def test_clipping_scales_only_what_is_too_long():
+    assert clip_scale(0.5, 1.0) == 1.0
+    assert clip_scale(0.0, 1.0) == 1.0
+    assert clip_scale(4.0, 1.0) == 0.25
+
+
+def test_update_is_that_of_the_clipped_gradient():
+    stores = [ParamStore(specs(CONFIG), optimizer=True) for _ in range(2)]
+    g = np.random.default_rng(0).standard_normal(stores[0].size).astype(np.float32)
+    norm = grad_norm(Backend(), g)
+    for store, gradient, told in zip(stores, (g, g / np.float32(norm)), (norm, 1.0), strict=True):
+        store.initialise(0)
+        store.flat_g[:] = gradient
+        update(Backend(), store, 1, 1e-2, told, SETTINGS)
+    assert relative_rms(stores[0].flat_m, stores[1].flat_m) < 1e-6
+    assert relative_rms(stores[0].flat_p, stores[1].flat_p) < 1e-5
+    assert np.linalg.norm(stores[0].flat_m) == pytest.approx(0.1, rel=1e-4)  # (1 - beta1) * clip
+
+
+# --- learning
+
+
+def test_accumulating_n_batches_is_a_batch_n_times_larger(tmp_path):
+    config = replace(CONFIG, batch_size=6)
+    whole = begin(tmp_path / "whole", config)
+    parts = begin(tmp_path / "parts", replace(config, batch_size=2), replace(SETTINGS, accumulate=3))
+    (loss, norm), (loss_3, norm_3) = whole.gradients(), parts.gradients()
+    assert loss_3 == pytest.approx(loss, rel=1e-5) and norm_3 == pytest.approx(norm, rel=1e-5)
+    assert relative_rms(parts.model.store.flat_g, whole.model.store.flat_g) < 1e-5
+    assert whole.tokens_per_step == parts.tokens_per_step == 96
+
+
+def test_loss_goes_down_and_everything_is_reported(tmp_path):
+    config = replace(CONFIG, steps=60, lr=2e-2, batch_size=4)
+    trainer = begin(tmp_path, config, replace(SETTINGS, eval_every=20))
+    assert trainer.run()
+    log = checkpoint.read_log(tmp_path)
+    assert [r["step"] for r in log] == [1, *range(2, 61, 2)]
+    assert log[0]["loss"] > 5.4 and log[-1]["loss"] < 3
+    assert all({"step", "tokens", "loss", "lr", "grad_norm", "tok_per_s"} <= set(r) for r in log)
+    evaluated = [r for r in log if "val_loss" in r]
+    assert [r["step"] for r in evaluated] == [20, 40, 60]
+    assert all({"val_loss", "val_loss_spike", "sparsity"} <= set(r) for r in evaluated)
+    assert evaluated[-1]["val_loss"] < 3 and log[-1]["tokens"] == 60 * 64
+
+    result = trainer.summary()
+    assert result["steps"] == 60 and result["tokens"] == 60 * 64
+    assert result["val_loss"] == pytest.approx(evaluated[-1]["val_loss"])  # short text: both read all of it
+    assert result["train_loss"] == pytest.approx(np.mean([r["loss"] for r in log if r["step"] > 57]))
+    assert result["val_loss_bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))  # bytes are tokens
+    assert 0 < result["bigram_loss"] < 3 and 0 < result["sparsity"] < 1
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_one_batch_is_learnt_by_heart():
+    model = new_model()
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 257, (2, 2, 16)).astype(np.int32)
+    for step in range(150):
+        model.store.zero_grad()
+        loss = model.loss_and_backward(x, y)
+        update(model.be, model.store, step + 1, 1e-2, grad_norm(model.be, model.store.flat_g), SETTINGS)
+    assert loss < 0.1
+
+
+def test_spikes_are_on_from_their_share_of_the_steps(tmp_path, monkeypatch):
+    seen = []
+    original = SpikingBrain.loss_and_backward
+
+    def spy(self, x, y, spike=False, scale=1.0):
+        seen.append(spike)
+        return original(self, x, y, spike, scale)
+
+    monkeypatch.setattr(SpikingBrain, "loss_and_backward", spy)
+    begin(tmp_path, settings=replace(SETTINGS, spike_from=0.75)).run()
+    assert seen == [False] * 9 + [True] * 3
+
+
+# --- evaluation
+
+
+def test_evaluation_is_the_mean_over_whole_windows():
+    model = new_model(replace(CONFIG, batch_size=3))
+    tokens = whole_windows(DATA.val, model.config, 10**6)
+    windows = (len(DATA.val) - 1) // 16
+    assert len(tokens) == windows * 16 + 1 and windows % 3  # the last batch is a smaller one
+    x, y = tokens[:-1].reshape(-1, 16).astype(int), tokens[1:].reshape(-1, 16).astype(int)
+    found = evaluate(model, tokens)
+    assert found["val_loss"] == pytest.approx(model.loss(x, y), rel=1e-6)
+    assert found["val_loss_spike"] == pytest.approx(model.loss(x, y, True), rel=1e-4)
+    assert found["val_loss_spike"] != found["val_loss"]
+    assert len(whole_windows(DATA.val, model.config, 40)) == 33
+    assert len(whole_windows(DATA.val, model.config, 5)) == 17
+
+
+def test_without_spikes_there_is_no_sparsity():
+    found = evaluate(new_model(replace(CONFIG, spike=())), DATA.val)
+    assert found["sparsity"] is None and found["val_loss_spike"] == found["val_loss"]
+
+
+def test_window_sparsity_counts_empty_bits():
+    count = np.array([[0, 1, -1, 2, 3], [-4, 5, 7, -7, 8]], np.float32)  # 0 1 1 1 2, 1 2 3 3 3 (clipped)
+    assert window_sparsity(Backend(), count) == pytest.approx(1 - 17 / 30)
+    assert window_sparsity(Backend(), np.zeros((2, 3))) == 1
+    assert window_sparsity(Backend(), np.full((2, 3), -900.0)) == 0
+
+
+# --- stopping and going on
+
+
+def test_resumed_from_any_checkpoint_is_bit_equal(tmp_path, monkeypatch):
+    """Crash while reading batch n, before, at and after the step where spikes come on (6)."""
+    whole = begin(tmp_path / "whole")
+    whole.run()
+    for crash in (1, 4, 7, 8, 12):
+        folder, part = tmp_path / str(crash), begin(tmp_path / str(crash))
+
+        def crashing(*args, crash=crash):
+            if args[-1] == crash:
+                raise RuntimeError
+            return batch(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(train, "batch", crashing)
+            part.run() and crashing(12)  # 12: after the last step
+        again = resume(folder, CONFIG, SETTINGS, Backend(), DATA)
+        assert again.step == (crash if crash == 12 else (crash - 1) // 3 * 3)
+        assert again.run()
+        assert same(again, whole) and records(folder) == records(tmp_path / "whole")
+
+
+def press_at(monkeypatch, *numbers):
+    """Ctrl-C while the batches with these numbers are read."""
+    calls = []
+
+    def pressed(*args):
+        calls.append(args)
+        if len(calls) in numbers:
+            signal.raise_signal(signal.SIGINT)
+        return batch(*args)
+
+    monkeypatch.setattr(train, "batch", pressed)
+
+
+def test_ctrl_c_saves_a_whole_step(tmp_path, monkeypatch):
+    whole = begin(tmp_path / "whole")
+    whole.run()
+    before = signal.getsignal(signal.SIGINT)
+    press_at(monkeypatch, 6)
+    stopped = begin(tmp_path / "stopped")
+    assert stopped.run() is False
+    assert stopped.step == stopped.saved == 5
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    again = resume(tmp_path / "stopped", CONFIG, SETTINGS, Backend(), DATA)
+    assert again.step == 5 and again.run()
+    assert same(again, whole) and records(tmp_path / "stopped") == records(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    trainer = begin(tmp_path)
+
+    def twice(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "batch", twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert resume(tmp_path, CONFIG, SETTINGS, Backend(), DATA).step == 0
+
+
+def test_script_says_how_to_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    tiny_run.write_text(tmp_path / "text")
+    script = [sys.executable, str(Path(tiny_run.__file__)), "stop"]
+    flags = ["--preset", "tiny", "--data", "text", "--native", "none", "--out", "run"]
+    done = subprocess.run([*script, "4", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "stopped at step 3 of 12; go on with: python" in done.stderr
+    assert done.stderr.rstrip().endswith("--resume run") and "Traceback" not in done.stderr
+    done = subprocess.run([*script, "0", "--resume", "run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    promised = {"params", "steps", "tokens", "train_loss", "val_loss", "val_loss_spike", "bigram_loss", "sparsity",
+                "tok_per_s", "wall_s", "device", "native"}  # fmt: skip
+    assert promised <= set(result) and result["steps"] == 12
+
+
+# --- going wrong
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, bad):
+    original = SpikingBrain.loss_and_backward
+    calls = []
+
+    def breaks(self, *args):
+        calls.append(args)
+        return original(self, *args) if len(calls) < 8 else bad
+
+    monkeypatch.setattr(SpikingBrain, "loss_and_backward", breaks)
+    trainer = begin(tmp_path)
+    with pytest.raises(MinisbError, match=f"loss became {bad} after step 7, .* last good checkpoint, of step 6"):
+        trainer.run()
+    assert resume(tmp_path, CONFIG, SETTINGS, Backend(), DATA).step == 6
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+    trainer = begin(tmp_path)
+    before = trainer.model.store.flat_p.copy()
+    monkeypatch.setattr(train, "grad_norm", lambda be, g: math.inf)
+    with pytest.raises(MinisbError, match="gradient became inf"):
+        trainer.run()
+    assert np.array_equal(trainer.model.store.flat_p, before) and not trainer.model.store.flat_m.any()
+
+
+def test_weights_ruined_by_the_step_before_a_checkpoint_are_not_saved(tmp_path, monkeypatch):
+    trainer = begin(tmp_path)
+
+    def ruins(be, store, step, *args):
+        update(be, store, step, *args)
+        if step == 6:  # a checkpoint is due after this step
+            store.flat_p[:] = np.nan
+
+    monkeypatch.setattr(train, "update", ruins)
+    with pytest.raises(MinisbError, match="of step 3"):
+        trainer.run()
+    assert np.isfinite(resume(tmp_path, CONFIG, SETTINGS, Backend(), DATA).model.store.flat_p).all()
+
+
+def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch):
+    trainer = begin(tmp_path)
+    monkeypatch.setattr(SpikingBrain, "loss_and_backward", lambda *a: np.empty(1 << 50))
+    with pytest.raises(MinisbError, match="out of memory: .*batch-size.* checkpoint of step 0"):
+        trainer.run()
+
+
+def test_text_too_short_is_refused_before_the_first_step(tmp_path):
+    for data in (replace(DATA, val=DATA.val[:16]), replace(DATA, train=DATA.train[:16])):
+        with pytest.raises(MinisbError, match="text has 16 tokens, too few for a sequence length of 16"):
+            start(tmp_path / "short", CONFIG, SETTINGS, Backend(), BYTES, data)
+    assert not checkpoint.is_run(tmp_path / "short")
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 0}, {"spike_from": 1.5}, {"seed": -1}, {"eval_every": 0}])
+def test_settings_outside_their_range(change):
+    with pytest.raises(MinisbError, match=next(iter(change))):
+        TrainSettings(**change)
+
+
+# --- bits
+
+
+def test_threads_do_not_change_a_bit(tmp_path):
+    config = replace(CONFIG, width=64, heads=4, kv_heads=2, head_dim=16, ffn=160, window=32, seq_len=96, batch_size=3,
+                     steps=4)  # fmt: skip
+    if "linear" not in CpuBackend(1).modules:
+        pytest.skip("not run: the natives are not compiled, and NumPy's own BLAS promises no equal bits")
+    runs = [begin(tmp_path / str(n), config, be=CpuBackend(n)) for n in (1, 2, 4)]
+    for trainer in runs:
+        trainer.run()
+    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
+    assert records(tmp_path / "1") == records(tmp_path / "2") == records(tmp_path / "4")

@@ -1,0 +1,208 @@
+"""Train a SpikingBrain: `python train_small.py` does it on a laptop, on text that is already there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import minisb
+from minisb import checkpoint, cli
+from minisb.backend import choose
+from minisb.config import PRESETS, SPIKE_PROJECTIONS, preset
+from minisb.corpus import DOWNLOADS, load_corpus
+from minisb.data import default_tokenizer, load_tokens
+from minisb.errors import MinisbError
+from minisb.params import count
+from minisb.train import TrainSettings, check_memory, describe_data, resume, start
+
+#: Flags by where their values go.  None means "not given": the preset or the stored run decides.
+CONFIG_FLAGS = ("steps", "batch_size", "seq_len", "lr", "spike", "spike_k")
+TRAIN_FLAGS = ("data", "seed", "accumulate", "spike_from", "eval_every", "checkpoint_every", "dtype")
+SAMPLE_TOKENS = 200
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.Parser(description=__doc__)
+    add = p.add_argument
+    add("--preset", help=f"size of the model: {', '.join(PRESETS)} (default: nano)")
+    add("--data", type=_data, help=f"stdlib, {', '.join(DOWNLOADS)}, or a text file or folder (default: stdlib)")
+    add("--steps", type=int, help="updates of the weights (default: the preset's)")
+    add("--batch-size", type=int, metavar="B", help="sequences read at once (default: the preset's)")
+    add("--seq-len", type=int, metavar="T", help="tokens in a sequence (default: the preset's)")
+    add("--lr", type=float, metavar="X", help="peak learning rate, after warm-up (default: the preset's)")
+    add("--seed", type=int, metavar="S", help="of the initial weights and the order of the text (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
+    add("--dtype", type=_dtype, help="auto, float32, bfloat16 or float16; a CPU has float32 only (default: auto)")
+    add("--native", metavar="all|none|LIST", help="compiled operations to use, by name (default: all)")
+    add("--spike", type=_spike, metavar="all|none|LIST",
+        help=f"projections that read spikes, of {','.join(SPIKE_PROJECTIONS)} (default: all)")  # fmt: skip
+    add("--spike-k", type=float, metavar="K", help="threshold = mean|x| / K: larger K, finer spikes (default: 3)")
+    add("--spike-from", type=float, metavar="FRACTION",
+        help="share of the steps after which spikes are on (default: 0.8)")  # fmt: skip
+    add("--accumulate", type=int, metavar="N", help="batches in one update, as if B were N times larger (default: 1)")
+    add("--threads", type=int, metavar="N", help="cores to use (default: all that this process may use)")
+    add("--graph", choices=("on", "off"), help="record a step once and replay it; for GPUs (default: on there)")
+    add("--eval-every", type=int, metavar="N", help="steps between evaluations (default: an eighth of the steps)")
+    add("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default: a fifth of the steps)")
+    add("--out", metavar="DIR", help="folder of the run (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
+    add("--resume", metavar="DIR", help="go on with the run in DIR, with its own settings")
+    return p
+
+
+def main(argv) -> int:
+    began = time.perf_counter()
+    args = parser().parse_args(argv)
+    folder, config, settings = stored_run(args) if args.resume else new_run(args)
+    be, why = choose(settings.device, settings.native, args.threads)
+    if args.graph == "on" and be.name != "cuda":
+        raise MinisbError("--graph on needs a GPU: there is nothing to record on a CPU.")
+    print(f"device  {be.name}: {why}")
+    check_memory(config)
+
+    if args.resume:
+        tokenizer = checkpoint.load_tokenizer(folder, checkpoint.load_config(folder).get("tokenizer"))
+    else:
+        tokenizer = default_tokenizer(settings.data, config.vocab)
+        config = replace(config, vocab=tokenizer.vocab_size)  # a small text has fewer tokens than asked for
+    data = load_tokens(settings.data, tokenizer)
+    if args.resume:
+        _note_changed_data(folder, data)
+        trainer = resume(folder, config, settings, be, data)
+    else:
+        trainer = start(folder, config, settings, be, tokenizer, data)
+    _introduce(trainer)
+
+    if not trainer.run():
+        print(f"stopped at step {trainer.step} of {config.steps}; go on with: {_script()} --resume {folder}",
+              file=sys.stderr)  # fmt: skip
+        return cli.INTERRUPTED
+    result = trainer.summary()
+    _conclude(result, trainer.model, tokenizer, folder)
+    result |= {
+        "wall_s": round(time.perf_counter() - began, 1),
+        "device": be.name,
+        "native": sorted(getattr(be, "modules", [])),
+        "out": str(folder),
+    }
+    print(json.dumps(result))
+    return 0
+
+
+# --- which run
+
+
+def new_run(args):
+    """-> folder, Config, TrainSettings of the flags; nothing is written yet."""
+    config = preset(args.preset or "nano", **_given(args, CONFIG_FLAGS))
+    every = {
+        "eval_every": max(1, config.steps // 8),
+        "checkpoint_every": max(1, config.steps // 5),
+    }
+    settings = TrainSettings(**every | _given(args, (*TRAIN_FLAGS, "device", "native")))
+    return _new_folder(args.out, config.preset), config, settings
+
+
+def stored_run(args):
+    """-> folder, Config, TrainSettings of the run in --resume.
+
+    device and native may be others this time; a flag that contradicts the run is an error.
+    """
+    folder = Path(args.resume)
+    stored = checkpoint.load_config(folder)
+    config, settings = stored["model"], TrainSettings.from_dict(stored["training"])
+    values = {**config.to_dict(), **asdict(settings), "out": str(folder)}
+    for name, value in _given(args, ("preset", *CONFIG_FLAGS, *TRAIN_FLAGS, "out")).items():
+        if value != values[name]:
+            raise MinisbError(
+                f"--{name.replace('_', '-')} cannot change in a resumed run, which has {values[name]}: "
+                "leave the flag away, or start a new run without --resume."
+            )
+    return folder, config, replace(settings, **_given(args, ("device", "native")))
+
+
+def _given(args, names) -> dict:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _new_folder(out: str | None, name: str) -> Path:
+    """--out, or the first of runs/NAME, runs/NAME-2, ... without a run: no run is ever overwritten."""
+    if out is not None:
+        if checkpoint.is_run(out):
+            raise MinisbError(f"{out} already holds a run: go on with it by --resume {out}, or give another --out.")
+        return Path(out)
+    folder, number = Path("runs") / name, 2
+    while checkpoint.is_run(folder):
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _data(text: str) -> str:
+    """A path as an absolute one, so that --resume finds it from any folder."""
+    return text if text in ("stdlib", *DOWNLOADS) else str(Path(text).absolute())
+
+
+def _dtype(text: str) -> str:
+    if text not in ("auto", "float32", "bfloat16", "float16"):
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}")
+    if text in ("bfloat16", "float16"):
+        raise MinisbError(f"--dtype {text} needs a GPU: on a CPU this trains in float32.")
+    return "float32"
+
+
+def _spike(text: str) -> tuple[str, ...]:
+    return {"all": SPIKE_PROJECTIONS, "none": ()}.get(text, tuple(text.split(",")))
+
+
+def _note_changed_data(folder, data):
+    if checkpoint.load_config(folder).get("data") != describe_data(data):
+        print("note: the text is not the one this run began with, so it goes on differently", file=sys.stderr)
+
+
+# --- what people read
+
+
+def _introduce(trainer):
+    c, s, data = trainer.model.config, trainer.settings, trainer.data
+    corpus = load_corpus(s.data)
+    print(f"model   {c.preset}: {count(trainer.model.specs):,} parameters, {c.layers} layers ({', '.join(c.mixers)} "
+          f"in turn), width {c.width}, vocabulary {c.vocab:,}")  # fmt: skip
+    print(f"data    {s.data}: {len(corpus.train):,} texts and {len(data.train):,} tokens to learn from, "
+          f"{len(corpus.val):,} and {len(data.val):,} to test, "
+          f"{data.train_bytes / len(data.train):.2f} bytes a token")  # fmt: skip
+    print(f"run     {trainer.folder}: {c.steps:,} steps of {trainer.tokens_per_step:,} tokens, "
+          + (f"from step {trainer.step:,}, " if trainer.step else "")
+          + f"spikes from step {round(s.spike_from * c.steps):,}", flush=True)  # fmt: skip
+
+
+def _conclude(result, model, tokenizer, folder):
+    def line(label, name):
+        bits = result[f"{name}_bits_per_byte"]
+        print(f"{label:24}{result[name]:8.4f} nats a token {bits:8.4f} bits a byte")
+
+    print("\non text it has not seen:")
+    line("  float activations", "val_loss")
+    line("  with spikes", "val_loss_spike")
+    line("  bigram baseline", "bigram_loss")
+    if result["sparsity"] is not None:
+        print(f"  {result['sparsity']:.1%} of the spike slots are empty")
+    spike = result["sparsity"] is not None
+    ids = minisb.generate(model, [], SAMPLE_TOKENS, stop=tokenizer.eot, spike=spike)
+    print(f"\na sample{' (with spikes)' * spike}:\n")
+    for text in tokenizer.stream(ids):
+        print(text, end="", flush=True)
+    print(f"\n\nmore: {_script('sample.py')} {folder}{' --spike' * spike}\n")
+
+
+def _script(name: str = "train_small.py") -> str:
+    """How to call a script that lies beside this one, from where the reader stands."""
+    path = Path(__file__).with_name(name)
+    here = Path.cwd()
+    return f"python {path.relative_to(here) if path.is_relative_to(here) else path}"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
