@@ -5,6 +5,7 @@ optional.  An editable install is built for this very machine (-march=native); a
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,20 +22,20 @@ else:
     # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
     FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-fopenmp"]
     # Our rows are short: a call of memset costs more than the row it clears.
-    FLAGS += ["-fno-tree-loop-distribute-patterns"]
+    FLAGS += ["-fno-tree-loop-distribute-patterns", "-g0"]
     LINK = ["-fopenmp"]
 
 
 class BuildNatives(build_ext):
     """Compile several modules at once, and for this machine if the install is editable."""
 
-    def build_extensions(self):
-        self.parallel = self.parallel or os.cpu_count()
-        editable = self.inplace or getattr(self, "editable_mode", False)
+    def run(self):
+        here = self.inplace or getattr(self, "editable_mode", False)
         for extension in self.extensions:
-            extension.extra_compile_args = FLAGS + (["-march=native"] if editable and sys.platform != "win32" else [])
+            extension.extra_compile_args = FLAGS + (["-march=native"] if here and sys.platform != "win32" else [])
             extension.extra_link_args = LINK
-        super().build_extensions()
+        self.parallel = self.parallel or os.cpu_count()
+        super().run()
 
 
 def extensions():
@@ -42,13 +43,24 @@ def extensions():
         from Cython.Build import cythonize
     except ImportError:
         return []
+    # What Cython needs for its array views is compiled once, in a module that the others share:
+    # a copy in each would take four times as long.
+    shared = "minisb/cpu/_shared.c"
+    subprocess.run([sys.executable, "-m", "cython", f"--generate-shared={shared}"], check=True)
     sources = [Extension(f"minisb.cpu.{name}", [f"minisb/cpu/{name}.pyx"], include_dirs=["minisb/cpu"]) for name in NATIVES]
-    built = cythonize(sources, language_level=3, quiet=True, nthreads=0, compiler_directives={
-        "boundscheck": bool(os.environ.get("MINISB_CHECK")),  # MINISB_CHECK=1 pip install -e .  turns checks on
-        "wraparound": False,
-        "cdivision": True,
-        "initializedcheck": False,
-    })
+    built = cythonize(
+        sources,
+        language_level=3,
+        quiet=True,
+        shared_utility_qualified_name="minisb.cpu._shared",
+        compiler_directives={
+            "boundscheck": bool(os.environ.get("MINISB_CHECK")),  # MINISB_CHECK=1 pip install -e .  turns checks on
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+        },
+    )
+    built.append(Extension("minisb.cpu._shared", [shared]))
     for extension in built:
         extension.optional = True  # cythonize drops it
     return built

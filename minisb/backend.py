@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import os
 
-# NumPy's OpenBLAS and OpenMP each keep a pool of threads.  A waiting OpenMP thread spins by
-# default and takes the core that the other pool needs: passive waiting makes them take turns.
+# NumPy's OpenBLAS and OpenMP each keep a pool of threads, and by default OpenMP's waiting threads
+# spin long enough to take the cores from the other pool.  With the natives BLAS stays on one thread,
+# so a short spin is safe, and spares waking a sleeping thread at each of a step's 200 parallel loops.
 # Read once by the OpenMP runtime, so set before any native module is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
 

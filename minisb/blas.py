@@ -72,6 +72,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
-    m_trim_threshold, m_mmap_threshold, one_gib = -1, -3, 1 << 30
-    mallopt(m_mmap_threshold, one_gib)
-    mallopt(m_trim_threshold, one_gib)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes; it refuses more
+    mallopt(m_trim_threshold, 1 << 30)

@@ -11,7 +11,9 @@ from pathlib import Path
 from minisb.errors import MinisbError
 
 #: One module per operation; each has a table TWINS of operation name -> function.
-MODULES = ("linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw")
+MODULES = (
+    "linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw", "gate", "embedding",
+)  # fmt: skip
 
 
 @functools.cache

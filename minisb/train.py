@@ -236,7 +236,6 @@ def resume(folder, config: Config, settings: TrainSettings, be, data: TokenData)
     trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, step)
     checkpoint.remove_stale(folder)
     checkpoint.trim_log(folder, step)
-    checkpoint.save_weights(folder, store, step)  # derived: a kill may have left an older one
     return trainer
 
 

@@ -98,6 +98,15 @@ def test_update_is_that_of_the_clipped_gradient():
     assert np.linalg.norm(stores[0].flat_m) == pytest.approx(0.1, rel=1e-4)  # (1 - beta1) * clip
 
 
+def test_update_corrects_the_moments_by_the_step_and_decays_matrices_only():
+    store = ParamStore(specs(CONFIG), optimizer=True)
+    store.flat_p[:], store.flat_g[:] = 1, 1e-3
+    update(Backend(), store, 5, 1e-2, 0.5, SETTINGS)
+    change = 1e-2 * (0.1 / (1 - 0.9**5)) / np.sqrt(0.05 / (1 - 0.95**5))
+    assert store.flat_p[store.decayed] == pytest.approx(1 - change, rel=1e-5)
+    assert store.flat_p[0] == pytest.approx(1 - 1e-2 * 0.1 - change, rel=1e-5)
+
+
 # --- learning
 
 
@@ -204,7 +213,9 @@ def test_resumed_from_any_checkpoint_is_bit_equal(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(train, "batch", crashing)
             part.run() and crashing(12)  # 12: after the last step
+        (folder / ".model.safetensors.1.tmp").write_bytes(b"half")
         again = resume(folder, CONFIG, SETTINGS, Backend(), DATA)
+        assert not list(folder.glob(".*"))
         assert again.step == (crash if crash == 12 else (crash - 1) // 3 * 3)
         assert again.run()
         assert same(again, whole) and records(folder) == records(tmp_path / "whole")

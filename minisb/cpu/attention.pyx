@@ -2,18 +2,19 @@
 
 One task takes a key head and the R query heads that share it.  Queries go in blocks; a block's rows
 (query, head) stand one below the other, so that a loaded key serves all R heads.  Six rows at a
-time, a strip, go through the small products of tile.h, each over the keys that one of its rows
-sees: what is computed follows the diagonal band of visible pairs closely, whatever the block's size.
+time, a strip, go through the small products of tile.h, over the keys that a row of the strip sees:
+what is computed follows the diagonal band of visible pairs closely, whatever the block's size.
+Everything is first packed into scratch memory, padded with zeros, so that products have no edges.
 """
 
 import numpy as np
 
 from cython.parallel cimport prange, threadid
-from libc.math cimport INFINITY, log, logf
+from libc.math cimport INFINITY, log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memset
 
-from minisb.cpu.common cimport exp_real, real
+from minisb.cpu.common cimport exp_real, real, row_max, team
 
 cdef extern from "tile.h" nogil:
     enum: TILE_ROWS, TILE_BYTES
@@ -27,14 +28,14 @@ cdef enum:
     KEYS = 240                # keys that stay in cache while a block goes over them; whole strips and columns
     CHUNK = 256               # queries of a forward task, where key heads alone are too few tasks
     FEW_TASKS = 8
-    WORTH_A_THREAD = 1 << 20  # multiply-adds of a decoding step
+    PER_VALUE = 64            # multiply-adds that take as long as one value of an elementwise loop, about
     LINE = 64                 # bytes of a cache line
 
 cdef struct Shape:
     int64_t T, S, H, G, D, window
     int64_t R                 # query heads of a key head
     int64_t columns           # of a tile of the small products
-    int64_t wide              # D rounded up to whole tiles: padded with zeros, so that products have no edges
+    int64_t wide              # D rounded up to whole tiles
     int64_t queries, rows     # of a block; rows rounded up to whole strips
 
 cdef struct Block:
@@ -92,10 +93,11 @@ cdef _forward(int threads, const real[:, :, :, ::1] q, const real[:, :, :, ::1] 
     cdef int64_t chunk = CHUNK if heads < FEW_TASKS else z.T
     cdef int64_t chunks = (z.T + chunk - 1) // chunk
     cdef int64_t keys = _up(min(z.S, chunk + z.window), z.columns)
-    cdef int64_t room = _up(keys * (z.D + z.wide) + z.rows * (2 * z.wide + keys + z.columns + 1), LINE)
-    cdef real[::1] scratch = np.empty(threads * room + LINE, np.asarray(lse).dtype)
+    cdef int64_t room = _up(keys * (z.D + z.wide) + z.rows * (2 * z.wide + keys + 1), LINE)
+    cdef int used = team(threads, q.shape[0] * z.H * z.T * z.window * z.D // PER_VALUE)
+    cdef real[::1] scratch = np.empty(used * room + LINE, np.asarray(lse).dtype)
     cdef real* base = _aligned(&scratch[0])
-    for task in prange(heads * chunks, nogil=True, schedule="static", chunksize=1, num_threads=threads):
+    for task in prange(heads * chunks, nogil=True, schedule="static", chunksize=1, num_threads=used):
         b = task // (z.G * chunks)
         g = task // chunks % z.G
         start = task % chunks * chunk
@@ -108,14 +110,12 @@ cdef void _forward_task(Shape* z, const real* q, const real* k, const real* v, r
     """Queries start .. end of one key head.  Keys are counted from the first that one of them sees."""
     cdef int64_t first = max(0, z.S - z.T + start - z.window + 1)
     cdef int64_t keys = z.S - z.T + end - first, padded = _up(keys, z.columns)
-    cdef int64_t n, i, d, tile, ld, to
+    cdef int64_t n, strip, i, d, tile, ld, to
+    cdef Range all
     cdef Block b
-    cdef real* kt = scratch
-    cdef real* vb = kt + padded * z.D
-    cdef real* qb = vb + padded * z.wide
-    cdef real* ob = qb + z.rows * z.wide
-    cdef real* s = ob + z.rows * z.wide
-    cdef real* total = s + z.rows * (padded + z.columns)
+    cdef real *kt = scratch, *vb = kt + padded * z.D
+    cdef real *qb = vb + padded * z.wide, *ob = qb + z.rows * z.wide
+    cdef real *s = ob + z.rows * z.wide, *total = s + z.rows * padded
     cdef real top
     _pack_columns(z, k + first * z.G * z.D, keys, kt)
     _pack_rows(z, v + first * z.G * z.D, z.G, 1, keys, padded, 1, vb)
@@ -125,30 +125,30 @@ cdef void _forward_task(Shape* z, const real* q, const real* k, const real* v, r
         _pack_rows(z, q + b.start * z.H * z.D, z.H, z.R, b.queries, b.strips * TILE_ROWS, scale, qb)
         for tile in range((ld + KEYS - 1) // KEYS):
             _with_keys(z, &b, b.low + tile * KEYS, qb, kt, s + tile * KEYS, ld)
-        for i in range(b.rows):
-            to = (b.start + i // z.R) * z.H + i % z.R
-            top = _softmax(s + i * ld - b.low, _strip_sees(z, &b, i - i % TILE_ROWS, b.low, b.high),
-                           _row_sees(z, &b, i), total + i)
-            lse[to] = top + _log(total[i])
+        for strip in range(b.strips):
+            all = _strip_sees(z, &b, strip * TILE_ROWS, b.low, b.high)
+            for i in range(strip * TILE_ROWS, min((strip + 1) * TILE_ROWS, b.rows)):
+                top = _softmax(s + i * ld - b.low, all, _row_sees(z, &b, i), total + i)
+                lse[(b.start + i // z.R) * z.H + i % z.R] = top + <real>log(total[i])
         memset(ob, 0, b.strips * TILE_ROWS * z.wide * sizeof(real))
         for tile in range((ld + KEYS - 1) // KEYS):
             _over_keys(z, &b, b.low + tile * KEYS, s + tile * KEYS, ld, vb, ob)
         for i in range(b.rows):
             to = (b.start + i // z.R) * z.H + i % z.R
+            total[i] = 1 / total[i]
             for d in range(z.D):
-                o[to * z.D + d] = ob[i * z.wide + d] / total[i]
+                o[to * z.D + d] = ob[i * z.wide + d] * total[i]
 
 
 cdef inline real _softmax(real* s, Range all, Range seen, real* total) noexcept nogil:
-    """Scores -> exp(score - largest) where seen, else 0.  Returns the largest."""
+    """Scores -> exp(score - largest) where seen, else 0, and their total.  Returns the largest."""
     cdef int64_t j
-    cdef real top = -INFINITY, sum = 0
-    for j in range(seen.first, seen.last):
-        top = s[j] if s[j] > top else top
+    cdef real top, sum = 0
     for j in range(all.first, seen.first):
         s[j] = -INFINITY
     for j in range(seen.last, all.last):
         s[j] = -INFINITY
+    top = row_max(s + all.first, all.last - all.first)
     for j in range(all.first, all.last):
         s[j] = exp_real(s[j] - top)
         sum += s[j]
@@ -166,10 +166,11 @@ cdef _backward(int threads, const real[:, :, :, ::1] do, const real[:, :, :, ::1
     cdef int64_t task, b, g
     cdef int64_t keys = _up(min(z.S, z.T + z.window), z.columns)
     cdef int64_t room = _up(keys * 2 * z.D + (3 * keys + 2 * TILE_ROWS) * z.wide
-                            + z.rows * (3 * z.wide + 2 * _tile_width(&z, keys) + 1), LINE)
-    cdef real[::1] scratch = np.empty(threads * room + LINE, np.asarray(dq).dtype)
+                            + z.rows * (3 * z.wide + 2 * (min(keys, KEYS) + z.columns) + 1), LINE)
+    cdef int used = team(threads, q.shape[0] * z.H * z.T * z.window * z.D // PER_VALUE)
+    cdef real[::1] scratch = np.empty(used * room + LINE, np.asarray(dq).dtype)
     cdef real* base = _aligned(&scratch[0])
-    for task in prange(q.shape[0] * z.G, nogil=True, schedule="static", chunksize=1, num_threads=threads):
+    for task in prange(q.shape[0] * z.G, nogil=True, schedule="static", chunksize=1, num_threads=used):
         b = task // z.G
         g = task % z.G
         _backward_task(&z, &do[b, 0, g * z.R, 0], &q[b, 0, g * z.R, 0], &k[b, 0, g, 0], &v[b, 0, g, 0],
@@ -181,20 +182,14 @@ cdef void _backward_task(Shape* z, const real* do, const real* q, const real* k,
                          const real* lse, real scale, real* dq, real* dk, real* dv, real* scratch) noexcept nogil:
     """All queries of one key head.  Keys are counted from the first that is seen."""
     cdef int64_t first = max(0, z.S - z.T - z.window + 1)
-    cdef int64_t keys = z.S - first, padded = _up(keys, z.columns), ld = _tile_width(z, padded)
-    cdef int64_t n, i, d, tile, start, to
+    cdef int64_t keys = z.S - first, padded = _up(keys, z.columns), ld = min(padded, KEYS) + z.columns
+    cdef int64_t n, strip, i, d, tile, start, to
+    cdef Range all
     cdef Block b
-    cdef real* kt = scratch
-    cdef real* vt = kt + padded * z.D
-    cdef real* kb = vt + padded * z.D
-    cdef real* dkb = kb + padded * z.wide
-    cdef real* dvb = dkb + (padded + TILE_ROWS) * z.wide
-    cdef real* qb = dvb + (padded + TILE_ROWS) * z.wide
-    cdef real* dob = qb + z.rows * z.wide
-    cdef real* dqb = dob + z.rows * z.wide
-    cdef real* p = dqb + z.rows * z.wide
-    cdef real* ds = p + z.rows * ld
-    cdef real* delta = ds + z.rows * ld
+    cdef real *kt = scratch, *vt = kt + padded * z.D, *kb = vt + padded * z.D
+    cdef real *dkb = kb + padded * z.wide, *dvb = dkb + (padded + TILE_ROWS) * z.wide
+    cdef real *qb = dvb + (padded + TILE_ROWS) * z.wide, *dob = qb + z.rows * z.wide, *dqb = dob + z.rows * z.wide
+    cdef real *p = dqb + z.rows * z.wide, *ds = p + z.rows * ld, *delta = ds + z.rows * ld
     cdef real sum
     _pack_columns(z, k + first * z.G * z.D, keys, kt)
     _pack_columns(z, v + first * z.G * z.D, keys, vt)
@@ -215,10 +210,11 @@ cdef void _backward_task(Shape* z, const real* do, const real* q, const real* k,
             start = b.low + tile * KEYS
             _with_keys(z, &b, start, qb, kt, p, ld)
             _with_keys(z, &b, start, dob, vt, ds, ld)
-            for i in range(b.rows):
-                to = (b.start + i // z.R) * z.H + i % z.R
-                _softmax_backward(p + i * ld - start, ds + i * ld - start, start, lse[to], delta[i],
-                                  _strip_sees(z, &b, i - i % TILE_ROWS, start, start + KEYS), _row_sees(z, &b, i))
+            for strip in range(b.strips):
+                all = _strip_sees(z, &b, strip * TILE_ROWS, start, start + KEYS)
+                for i in range(strip * TILE_ROWS, min((strip + 1) * TILE_ROWS, b.rows)):
+                    _softmax_backward(p + i * ld - start, ds + i * ld - start, start,
+                                      lse[(b.start + i // z.R) * z.H + i % z.R], delta[i], all, _row_sees(z, &b, i))
             _over_keys(z, &b, start, ds, ld, kb, dqb)
             _over_rows(z, &b, start, p, ld, dob, dvb)
             _over_rows(z, &b, start, ds, ld, qb, dkb)
@@ -234,8 +230,8 @@ cdef void _backward_task(Shape* z, const real* do, const real* q, const real* k,
 
 cdef inline void _softmax_backward(real* p, real* ds, int64_t start, real lse, real delta, Range all,
                                    Range seen) noexcept nogil:
-    """Scores p and dp in ds -> probabilities and ds.  Zeros reach a strip of keys further than the
-    row's own strip was computed: sums over rows (_over_rows) take whole strips of keys."""
+    """Scores p and dp in ds -> probabilities and ds, 0 where not seen.  The zeros go on for six keys on
+    either side: _over_rows takes strips of six keys, of which a row may see only some."""
     cdef int64_t j
     for j in range(all.first, all.last):
         p[j] = exp_real(p[j] - lse)
@@ -321,8 +317,6 @@ cdef inline void _strip(int64_t n, int64_t depth, const real* a, int64_t row, in
         strip_double(n, depth, a, row, step, b, ldb, hop, c, ldc, add)
 
 
-# ------------------------------------------------------------------------------------ packing
-
 cdef void _pack_rows(Shape* z, const real* x, int64_t heads, int64_t R, int64_t n, int64_t padded, real scale,
                      real* to) noexcept nogil:
     """R of `heads` heads at n positions -> rows (position, head), times scale, filled up with zeros."""
@@ -336,11 +330,19 @@ cdef void _pack_rows(Shape* z, const real* x, int64_t heads, int64_t R, int64_t 
 
 
 cdef void _pack_columns(Shape* z, const real* x, int64_t n, real* to) noexcept nogil:
-    """n keys -> tiles (D, columns), filled up with zeros."""
-    cdef int64_t j, d
-    for j in range(_up(n, z.columns)):
+    """n keys -> tiles (D, columns), filled up with zeros.  Four keys at a time make whole vectors."""
+    cdef int64_t i, j, d, ld = z.G * z.D
+    cdef const real* four
+    cdef real* tile
+    for j in range(0, n - 3, 4):
+        four = x + j * ld
+        tile = to + _down(j, z.columns) * z.D + (j & (z.columns - 1))
         for d in range(z.D):
-            to[_down(j, z.columns) * z.D + d * z.columns + j % z.columns] = x[j * z.G * z.D + d] if j < n else 0
+            tile[0], tile[1], tile[2], tile[3] = four[d], four[d + ld], four[d + 2 * ld], four[d + 3 * ld]
+            tile += z.columns
+    for j in range(n & -4, _up(n, z.columns)):
+        for d in range(z.D):
+            to[_down(j, z.columns) * z.D + d * z.columns + (j & (z.columns - 1))] = x[j * ld + d] if j < n else 0
 
 
 cdef Shape _shape(int64_t T, int64_t S, int64_t H, int64_t G, int64_t D, int64_t window, int64_t size) noexcept:
@@ -350,21 +352,17 @@ cdef Shape _shape(int64_t T, int64_t S, int64_t H, int64_t G, int64_t D, int64_t
     z.columns = TILE_BYTES // size
     z.wide = _up(D, z.columns)
     z.queries = max(1, ROWS // z.R)
-    z.rows = _up(z.queries * z.R, TILE_ROWS)
+    z.rows = (z.queries * z.R + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     return z
 
 
-cdef inline int64_t _tile_width(Shape* z, int64_t keys) noexcept nogil:
-    """Of a block's probabilities against one tile of keys, with room for a strip's margin."""
-    return min(keys, KEYS) + _up(TILE_ROWS, z.columns)
-
-
 cdef inline int64_t _down(int64_t x, int64_t unit) noexcept nogil:
-    return x - x % unit
+    """Down to a multiple of a power of two."""
+    return x & -unit
 
 
 cdef inline int64_t _up(int64_t x, int64_t unit) noexcept nogil:
-    return (x + unit - 1) // unit * unit
+    return (x + unit - 1) & -unit
 
 
 cdef inline real* _aligned(real* x) noexcept nogil:
@@ -372,20 +370,13 @@ cdef inline real* _aligned(real* x) noexcept nogil:
     return <real*>(<uintptr_t>x + (LINE - <uintptr_t>x % LINE) % LINE)
 
 
-cdef inline real _log(real x) noexcept nogil:
-    if real is float:
-        return logf(x)
-    else:
-        return log(x)
-
-
 # --------------------------------------------------------------------------------------- step
 
 cdef _step(int threads, const real[:, :, :, ::1] q, const real[:, :, :, ::1] k, const real[:, :, :, ::1] v,
            real[:, :, :, ::1] o, int64_t count, real scale):
-    """Tasks: batch x key head.  A little work stays on the calling thread: waking others takes longer."""
+    """Tasks: batch x key head."""
     cdef int64_t H = q.shape[2], G = k.shape[2], D = q.shape[3], R = H // G, task, b, g
-    cdef int used = threads if q.shape[0] * H * count * D >= WORTH_A_THREAD else 1
+    cdef int used = team(threads, q.shape[0] * H * count * D // PER_VALUE)
     cdef real[::1] scratch = np.empty(used * R * count, np.asarray(o).dtype)
     for task in prange(q.shape[0] * G, nogil=True, schedule="static", num_threads=used):
         b = task // G
@@ -401,8 +392,7 @@ cdef void _step_task(const real* q, const real* k, const real* v, real* o, int64
     cdef int64_t r, i, j, d
     cdef real sum, total
     cdef real* w
-    cdef Range all
-    all.first, all.last = 0, count
+    cdef Range all = Range(0, count)
     for j in range(count):
         for r in range(R):
             sum = 0

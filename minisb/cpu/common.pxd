@@ -17,6 +17,8 @@ cdef extern from "vmath.h" nogil:
     double exp_double(double x)
     float log1p_float(float x)
     double log1p_double(double x)
+    float row_max_float(const float* x, int64_t n)
+    double row_max_double(const double* x, int64_t n)
 
 
 cdef inline void gemm_real(int ta, int tb, int64_t m, int64_t n, int64_t k, real alpha, const real* a, int64_t lda,
@@ -39,3 +41,20 @@ cdef inline real log1p_real(real x) noexcept nogil:
         return log1p_float(x)
     else:
         return log1p_double(x)
+
+
+cdef inline real sigmoid_real(real x) noexcept nogil:
+    """1 / (1 + e^-x): where e^-x is infinite, 0."""
+    return 1 / (1 + exp_real(-x))
+
+
+cdef inline real row_max(const real* x, int64_t n) noexcept nogil:
+    if real is float:
+        return row_max_float(x, n)
+    else:
+        return row_max_double(x, n)
+
+
+cdef inline int team(int threads, int64_t values) noexcept nogil:
+    """How many threads to wake for so many values: waking one costs more than a few thousand."""
+    return threads if values > 16384 else 1

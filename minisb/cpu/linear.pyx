@@ -1,8 +1,9 @@
-"""ops/linear.py's fast twin: NumPy's BLAS, one slice of the product a thread.
+"""ops/linear.py's fast twin: the matrix product of a training step, on all threads.
 
-A product is cut into slices by its shape alone, never by the number of threads, and each slice
-is one call of BLAS on one thread: the bits of the result are the same for 1, 2 and 4 threads.
-OpenMP is then the only pool of threads in a training step.
+Three ways, chosen by shape alone: a single row (decoding) is a dot product a weight row; large
+products go through our own strips (gemm.h); what is left goes to NumPy's BLAS, one slice a call
+and a thread.  None cuts a sum by the number of threads, so 1, 2 and 4 threads give the same bits,
+and BLAS's own pool of threads, which would fight with OpenMP's, stays asleep.
 """
 
 import numpy as np
@@ -16,6 +17,18 @@ from minisb.cpu.common cimport gemm_init, gemm_real, real
 cdef object _addresses = blas.gemm_addresses()
 gemm_init(_addresses[0], _addresses[1], _addresses[2])
 
+cdef extern from "linear.h" nogil:
+    enum: TILE_ROWS, TILE_BYTES, BLOCK_K, BLOCK_STRIPS, STRIPS_PAY
+    void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
+                         int64_t last)
+    void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,
+                          int64_t last)
+    void gemm_strips_float(int ta, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed,
+                           int accumulate, float* c, int64_t ldc, int64_t first, int64_t last, float* own)
+    void gemm_strips_double(int ta, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
+                            const double* packed, int accumulate, double* c, int64_t ldc, int64_t first, int64_t last,
+                            double* own)
+
 cdef int64_t SLICE = 256   # rows of a slice, about
 cdef int64_t MOST = 16     # slices at most: each one packs the other matrix again
 
@@ -28,11 +41,24 @@ def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False
     if out is None:
         out = np.empty((m, n), a.dtype)
     assert out.shape == (m, n) and a.dtype == b.dtype == out.dtype
-    if a.dtype == np.float32:
-        _gemm[float](be.threads, _rows(a), _rows(b), out, ta, tb, accumulate, m, n, k)
+    a, b = _rows(a), _rows(b)
+    if STRIPS_PAY and m >= 4 * TILE_ROWS and m * n * k > 1 << 15:
+        packed = _aligned(k * (n + TILE_BYTES // a.itemsize), a.dtype)
+        if a.dtype == np.float32:
+            _by_strips[float](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, a.dtype)
+        else:
+            _by_strips[double](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, a.dtype)
+    elif a.dtype == np.float32:
+        _by_slices[float](be.threads, a, b, out, ta, tb, accumulate, m, n, k)
     else:
-        _gemm[double](be.threads, _rows(a), _rows(b), out, ta, tb, accumulate, m, n, k)
+        _by_slices[double](be.threads, a, b, out, ta, tb, accumulate, m, n, k)
     return out
+
+
+def _aligned(size, dtype):
+    """Room for `size` values that starts on a cache line: a vector never lies across two."""
+    room = np.empty(size + 64 // dtype.itemsize, dtype)
+    return room[-room.ctypes.data % 64 // dtype.itemsize :]
 
 
 def _rows(x):
@@ -40,7 +66,30 @@ def _rows(x):
     return x if x.strides[1] == x.itemsize or x.shape[1] == 1 else np.ascontiguousarray(x)
 
 
-cdef _gemm(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, bint tb, bint accumulate,
+cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1] packed, bint ta, bint tb,
+                bint accumulate, int64_t m, int64_t n, int64_t k, dtype):
+    """Pack b, then compute strips of c; a thread takes a range of panels, then of strips."""
+    cdef int64_t lda = a.strides[0] // sizeof(real), ldb = b.strides[0] // sizeof(real)
+    cdef int64_t ldc = c.strides[0] // sizeof(real), i
+    cdef int64_t columns = TILE_BYTES // sizeof(real)
+    cdef int64_t panels = (n + columns - 1) // columns, strips = (m + TILE_ROWS - 1) // TILE_ROWS
+    cdef int used = threads if m * n * k > 1 << 18 else 1
+    cdef real[:, ::1] own = _aligned(used * BLOCK_STRIPS * TILE_ROWS * BLOCK_K, dtype).reshape(used, -1)
+    for i in prange(used, nogil=True, schedule="static", num_threads=used):
+        if real is float:
+            gemm_pack_float(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
+        else:
+            gemm_pack_double(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
+    for i in prange(used, nogil=True, schedule="static", num_threads=used):
+        if real is float:
+            gemm_strips_float(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
+                              strips * i // used, strips * (i + 1) // used, &own[i, 0])
+        else:
+            gemm_strips_double(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
+                               strips * i // used, strips * (i + 1) // used, &own[i, 0])
+
+
+cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, bint tb, bint accumulate,
            int64_t m, int64_t n, int64_t k):
     """Cut the longer side of the result into slices and compute them in parallel."""
     cdef int64_t lda = a.strides[0] // sizeof(real), ldb = b.strides[0] // sizeof(real)

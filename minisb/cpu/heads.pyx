@@ -1,0 +1,75 @@
+"""ops/heads.py's fast twin: split and ReLU in one pass, a token a step."""
+
+import numpy as np
+
+from cython.parallel cimport prange
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy
+
+from minisb.cpu.common cimport real, team
+from minisb.ops.heads import ends
+
+
+def relu_heads_forward(be, qkv, heads, kv_heads, head_dim):
+    B, T, N = qkv.shape
+    assert N >= ends(heads, kv_heads, head_dim)[2]
+    q = np.empty((B, T, heads, head_dim), qkv.dtype)
+    k, v = np.empty((B, T, kv_heads, head_dim), qkv.dtype), np.empty((B, T, kv_heads, head_dim), qkv.dtype)
+    if qkv.strides[2] != qkv.itemsize:
+        qkv = np.ascontiguousarray(qkv)
+    if qkv.dtype == np.float32:
+        _forward[float](be.threads, qkv, q.reshape(B * T, -1), k.reshape(B * T, -1), v.reshape(B * T, -1))
+    else:
+        _forward[double](be.threads, qkv, q.reshape(B * T, -1), k.reshape(B * T, -1), v.reshape(B * T, -1))
+    return q, k, v, (q, k)
+
+
+cdef _forward(int threads, const real[:, :, :] qkv, real[:, ::1] q, real[:, ::1] k, real[:, ::1] v):
+    cdef int64_t T = qkv.shape[1], rows = q.shape[0], nq = q.shape[1], nk = k.shape[1], r
+    cdef const real* row
+    for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * (nq + 2 * nk))):
+        row = &qkv[r // T, r % T, 0]
+        _relu(row, &q[r, 0], nq)
+        _relu(row + nq, &k[r, 0], nk)
+        memcpy(&v[r, 0], row + nq + nk, nk * sizeof(real))
+
+
+cdef inline void _relu(const real* x, real* y, int64_t n) noexcept nogil:
+    cdef int64_t i
+    for i in range(n):
+        y[i] = <real>0 if x[i] < 0 else x[i]  # NaN passes
+
+
+def relu_heads_backward(be, dq, dk, dv, saved, dqkv):
+    B, T, heads, head_dim = dq.shape
+    assert dqkv.shape[:2] == (B, T) and dqkv.shape[2] >= ends(heads, dk.shape[2], head_dim)[2]
+    assert dqkv.strides[2] == dqkv.itemsize, "rows of dqkv must be contiguous"
+    dq, dk, dv, q, k = [np.ascontiguousarray(a).reshape(B * T, -1) for a in (dq, dk, dv, *saved)]
+    if dq.dtype == np.float32:
+        _backward[float](be.threads, dq, dk, dv, q, k, dqkv)
+    else:
+        _backward[double](be.threads, dq, dk, dv, q, k, dqkv)
+    return dqkv
+
+
+cdef _backward(int threads, const real[:, ::1] dq, const real[:, ::1] dk, const real[:, ::1] dv,
+               const real[:, ::1] q, const real[:, ::1] k, real[:, :, :] dqkv):
+    cdef int64_t T = dqkv.shape[1], rows = q.shape[0], nq = q.shape[1], nk = k.shape[1], r
+    cdef real* row
+    for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * (nq + 2 * nk))):
+        row = &dqkv[r // T, r % T, 0]
+        _relu_backward(&dq[r, 0], &q[r, 0], row, nq)
+        _relu_backward(&dk[r, 0], &k[r, 0], row + nq, nk)
+        memcpy(row + nq + nk, &dv[r, 0], nk * sizeof(real))
+
+
+cdef inline void _relu_backward(const real* dy, const real* y, real* dx, int64_t n) noexcept nogil:
+    cdef int64_t i
+    cdef real d, passed
+    for i in range(n):
+        d = dy[i]
+        passed = d if y[i] > 0 else <real>0
+        dx[i] = passed if d == d else d  # NaN passes everywhere
+
+
+TWINS = {"relu_heads_forward": relu_heads_forward, "relu_heads_backward": relu_heads_backward}
