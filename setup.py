@@ -26,11 +26,21 @@ else:
     LINK = ["-fopenmp"]
 
 
+def note_processor(here):
+    """Write down what this processor can do, so that a copy of the folder on another one is not run there."""
+    note = Path("minisb/cpu/built_for.txt")
+    note.unlink(missing_ok=True)
+    if here and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        note.write_text(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), ""))
+
+
 class BuildNatives(build_ext):
     """Compile several modules at once, and for this machine if the install is editable."""
 
     def run(self):
         here = self.inplace or getattr(self, "editable_mode", False)
+        note_processor(here)
         for extension in self.extensions:
             extension.extra_compile_args = FLAGS + (["-march=native"] if here and sys.platform != "win32" else [])
             extension.extra_link_args = LINK
@@ -47,7 +57,9 @@ def extensions():
     # a copy in each would take four times as long.
     shared = "minisb/cpu/_shared.c"
     subprocess.run([sys.executable, "-m", "cython", f"--generate-shared={shared}"], check=True)
-    sources = [Extension(f"minisb.cpu.{name}", [f"minisb/cpu/{name}.pyx"], include_dirs=["minisb/cpu"]) for name in NATIVES]
+    sources = [
+        Extension(f"minisb.cpu.{name}", [f"minisb/cpu/{name}.pyx"], include_dirs=["minisb/cpu"]) for name in NATIVES
+    ]
     built = cythonize(
         sources,
         language_level=3,

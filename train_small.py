@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from minisb.corpus import DOWNLOADS, load_corpus
 from minisb.data import default_tokenizer, load_tokens
 from minisb.errors import MinisbError
 from minisb.params import count
+from minisb.plots import loss_curve
 from minisb.train import TrainSettings, check_memory, describe_data, resume, start
 
 #: Flags by where their values go.  None means "not given": the preset or the stored run decides.
@@ -82,6 +84,8 @@ def main(argv) -> int:
         return cli.INTERRUPTED
     result = trainer.summary()
     _conclude(result, trainer.model, tokenizer, folder)
+    if importlib.util.find_spec("matplotlib"):
+        loss_curve(folder, folder / "loss.png", result["bigram_loss"])
     result |= {
         "wall_s": round(time.perf_counter() - began, 1),
         "device": be.name,

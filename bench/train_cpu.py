@@ -24,10 +24,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SHAPES = {
-    "tiny": dict(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, ffn=384, window=64, vocab=512,
-                 seq_len=256, batch_size=8),
-    "base": dict(width=256, layers=6, heads=4, kv_heads=2, head_dim=64, ffn=704, window=128, vocab=2048,
-                 seq_len=512, batch_size=8),
+    "tiny": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 384, "window": 64,
+             "vocab": 512, "seq_len": 256, "batch_size": 8},
+    "base": {"width": 256, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 704, "window": 128,
+             "vocab": 2048, "seq_len": 512, "batch_size": 8},
 }
 CHUNKS = (16, 32, 64)
 GROUPS = 5

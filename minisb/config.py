@@ -62,7 +62,8 @@ class Config:
                 raise MinisbError(f"{name} must be above 0, got {getattr(self, name)}.")
         unknown = [p for p in self.spike if p not in SPIKE_PROJECTIONS]
         if unknown:
-            raise MinisbError(f"unknown projection {unknown[0]!r} in spike; choose from {', '.join(SPIKE_PROJECTIONS)}.")
+            names = ", ".join(SPIKE_PROJECTIONS)
+            raise MinisbError(f"unknown projection {unknown[0]!r} in spike; choose from {names}.")
         unknown = [m for m in self.mixers if m not in ("gla", "window", "full")]
         if unknown or not self.mixers:
             raise MinisbError(f"unknown mixer {unknown[:1]}; choose from gla, window, full.")

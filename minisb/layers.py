@@ -7,8 +7,9 @@ decode state, forward also reads and updates what the layer remembers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 from minisb.config import Config
 from minisb.ops.attention import attention_backward, attention_forward, attention_step
@@ -240,7 +241,7 @@ def _qkv_sizes(c: Config) -> tuple[int, int, int]:
 def _qkv_specs(c: Config, prefix: str) -> list[Spec]:
     return [
         Spec(f"{prefix}.{name}", (size, c.width), init=c.width**-0.5, joined=name != "q_proj.weight")
-        for name, size in zip(_QKV.values(), _qkv_sizes(c))
+        for name, size in zip(_QKV.values(), _qkv_sizes(c), strict=True)
     ]
 
 
@@ -249,10 +250,11 @@ def _qkv_bias_specs(c: Config, prefix: str) -> list[Spec]:
         return []
     return [
         Spec(f"{prefix}.{name}", (size,), init="zeros", decay=False, joined=name != "q_proj.bias")
-        for name, size in zip(_BIASES, _qkv_sizes(c))
+        for name, size in zip(_BIASES, _qkv_sizes(c), strict=True)
     ]
 
 
 def _out_spec(c: Config, name: str, fan_in: int) -> Spec:
-    """Projections back into the residual stream start small: 2L of them add up."""
-    return Spec(name, (c.width, fan_in), init=(fan_in * 2 * c.layers) ** -0.5)
+    """Projections back into the residual stream start small: 2L of them add up, and at first what
+    they add should not drown the embedding (std 0.1)."""
+    return Spec(name, (c.width, fan_in), init=0.25 * (fan_in * 2 * c.layers) ** -0.5)

@@ -13,12 +13,12 @@ from minisb.state import DecodeState
 
 #: The head works on this many logits at a time: a slice stays in cache, and the logits of a
 #: whole batch never exist at once.
-HEAD_LOGITS = 1 << 20
+HEAD_LOGITS = 1 << 21
 
 
 def specs(c: Config) -> list[Spec]:
     """Every parameter of the model, in the order of the forward pass; allocates nothing."""
-    found = [Spec("embeddings.weight", (c.vocab, c.width), init=0.02)]
+    found = [Spec("embeddings.weight", (c.vocab, c.width), init=0.1)]
     for i in range(c.layers):
         mixer = GatedLinearAttention if c.mixer(i) == "gla" else SoftmaxAttention
         found += [

@@ -12,8 +12,18 @@ from minisb.errors import MinisbError
 
 #: One module per operation; each has a table TWINS of operation name -> function.
 MODULES = (
-    "linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw", "gate", "embedding",
+    "linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw", "gate",
+    "embedding",
 )  # fmt: skip
+
+
+def _lacking(note: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The first vector instruction set that the build used and this processor has not, or ""."""
+    if not note.exists() or not cpuinfo.exists():
+        return ""
+    built_for, here = set(note.read_text().split()), set(cpuinfo.read_text().split())
+    vector = ("sse4_2", "avx", "fma", "bmi2", "avx2", "avx_vnni", "avx512")
+    return next((flag for flag in sorted(built_for - here) if flag.startswith(vector)), "")
 
 
 @functools.cache
@@ -26,6 +36,9 @@ def _load(module: str):
     source = Path(__file__).parent / "cpu" / f"{module}.pyx"
     if source.exists() and source.stat().st_mtime > compiled.stat().st_mtime + 1:
         return None, f"older than {source.name}: run `pip install -e .` again"
+    lacking = _lacking(compiled.parent / "built_for.txt")
+    if lacking:
+        return None, f"built for another processor (this one lacks {lacking}): run `pip install -e .` again"
     try:
         return importlib.import_module(f"minisb.cpu.{module}"), ""
     except (ImportError, OSError) as error:
