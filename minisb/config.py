@@ -87,9 +87,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Nano(Config):
-    """About 1.5M parameters: learns Python on a laptop while the kettle boils."""
+    """About 1.5M parameters: learns Python on a laptop in five minutes."""
 
     preset: str = "nano"
+    layers: int = 4  # two of each kind; six thinner ones learn no better and take longer
+    ffn: int = 512
+    lr: float = 1e-2
 
 
 @dataclass(frozen=True)

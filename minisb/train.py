@@ -42,9 +42,9 @@ class TrainSettings:
     accumulate: int = 1  # batches whose gradients are averaged in one step
     spike_from: float = 0.8  # spikes are on from this share of the steps: at first, floats learn faster
     warmup: float = 0.05  # share of the steps with a rising learning rate
-    lr_floor: float = 0.1  # of the peak, at the last step
+    lr_floor: float = 0.0  # of the peak, at the last step: the last steps only settle
     beta1: float = 0.9
-    beta2: float = 0.95  # shorter than Adam's 0.999: language models forget old gradient sizes
+    beta2: float = 0.99  # shorter than Adam's 0.999, and longer than big models' 0.95: our batches are small
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices only, times the learning rate
     clip: float = 1.0  # largest norm of the whole gradient
