@@ -92,6 +92,7 @@ class Nano(Config):
     preset: str = "nano"
     layers: int = 4  # two of each kind; six thinner ones learn no better and take longer
     ffn: int = 512
+    steps: int = 2200
     lr: float = 1e-2
 
 

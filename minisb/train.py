@@ -30,7 +30,7 @@ from minisb.params import ParamStore, count
 
 #: Evaluation reads the validation text from its beginning, up to this many tokens: a glance
 #: during training, and at the end enough for three digits in a few seconds.
-GLANCE_TOKENS, FINAL_TOKENS = 1 << 14, 1 << 18
+GLANCE_TOKENS, FINAL_TOKENS = 1 << 13, 1 << 18
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ TINY = Config(
     mixers=("gla", "window", "full"), gate_rank=3, gate_divisor=2.0,
 )  # fmt: skip
 #: Loss in nats and gradient norm of TINY at its initial values (seed 0), on batch(TINY).
-GOLDEN = (3.60765574, 2.95181697)
+GOLDEN = (3.71876355, 3.45729433)
 #: Embeddings are small (0.1), so their norm bends soon: a larger step measures its curvature.
 STEP = 3e-7
 

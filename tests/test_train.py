@@ -102,7 +102,7 @@ def test_update_corrects_the_moments_by_the_step_and_decays_matrices_only():
     store = ParamStore(specs(CONFIG), optimizer=True)
     store.flat_p[:], store.flat_g[:] = 1, 1e-3
     update(Backend(), store, 5, 1e-2, 0.5, SETTINGS)
-    change = 1e-2 * (0.1 / (1 - 0.9**5)) / np.sqrt(0.05 / (1 - 0.95**5))
+    change = 1e-2 * (0.1 / (1 - 0.9**5)) / np.sqrt(0.01 / (1 - 0.99**5))
     assert store.flat_p[store.decayed] == pytest.approx(1 - change, rel=1e-5)
     assert store.flat_p[0] == pytest.approx(1 - 1e-2 * 0.1 - change, rel=1e-5)
 

@@ -38,11 +38,13 @@ static void NAME(gemm_pack)(int tb, int64_t k, int64_t n, const REAL *b, int64_t
     }
 }
 
-/* Lay a strip of op(A) out as (depth, TILE_ROWS); rows past the last are zeros. */
-static void NAME(gemm_pack_strip)(int ta, int64_t rows, int64_t depth, const REAL *a, int64_t lda, REAL *to) {
-    if (rows == TILE_ROWS && ta) {
-        for (int64_t p = 0; p < depth; p++)
-            for (int64_t i = 0; i < TILE_ROWS; i++) to[p * TILE_ROWS + i] = a[p * lda + i];
+/* Lay a strip of op(A) out as (depth, TILE_ROWS); rows past the last are zeros.  `left` rows of op(A)
+   begin here: where there are 8 or more, a row of A is copied 8 wide, which is one vector, and the
+   next copy covers what is too much. */
+static void NAME(gemm_pack_strip)(int ta, int64_t left, int64_t depth, const REAL *a, int64_t lda, REAL *to) {
+    const int64_t rows = left < TILE_ROWS ? left : TILE_ROWS;
+    if (ta && left >= 8) {
+        for (int64_t p = 0; p < depth; p++) memcpy(to + p * TILE_ROWS, a + p * lda, 8 * sizeof(REAL));
         return;
     }
     for (int64_t p = 0; p < depth; p++)
@@ -71,7 +73,7 @@ static void NAME(tile_edge)(int64_t rows, int64_t width, int64_t depth, const RE
 }
 
 /* Strips first .. last-1 of C (m x n), TILE_ROWS rows each.  own: room for BLOCK_STRIPS packed
-   strips, used where A is transposed or C ends inside a tile. */
+   strips and 2 values, used where A is transposed or C ends inside a tile. */
 static void NAME(gemm_strips)(int ta, int64_t m, int64_t n, int64_t k, const REAL *a, int64_t lda, const REAL *packed,
                               int accumulate, REAL *c, int64_t ldc, int64_t first, int64_t last, REAL *own) {
     const int64_t padded = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
@@ -82,8 +84,8 @@ static void NAME(gemm_strips)(int ta, int64_t m, int64_t n, int64_t k, const REA
             const int64_t high = low + BLOCK_STRIPS < last ? low + BLOCK_STRIPS : last;
             const int packing = ta || high * TILE_ROWS > m || n < padded;
             for (int64_t strip = low; packing && strip < high; strip++) {
-                const int64_t i0 = strip * TILE_ROWS, rows = m - i0 < TILE_ROWS ? m - i0 : TILE_ROWS;
-                NAME(gemm_pack_strip)(ta, rows, depth, ta ? a + p0 * lda + i0 : a + i0 * lda + p0, lda,
+                const int64_t i0 = strip * TILE_ROWS;
+                NAME(gemm_pack_strip)(ta, m - i0, depth, ta ? a + p0 * lda + i0 : a + i0 * lda + p0, lda,
                                       own + (strip - low) * depth * TILE_ROWS);
             }
             for (int64_t j = 0; j < n; j += COLUMNS) {

@@ -1,6 +1,7 @@
 /* gemm.h for float and for double, and whether it is worth using. */
 #ifndef MINISB_LINEAR_H
 #define MINISB_LINEAR_H
+#include <string.h>
 #include "tile.h"
 
 enum { BLOCK_K = 256, BLOCK_STRIPS = 20 };

@@ -74,7 +74,7 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
     cdef int64_t columns = TILE_BYTES // sizeof(real)
     cdef int64_t panels = (n + columns - 1) // columns, strips = (m + TILE_ROWS - 1) // TILE_ROWS
     cdef int used = threads if m * n * k > 1 << 18 else 1
-    cdef real[:, ::1] own = _aligned(used * BLOCK_STRIPS * TILE_ROWS * BLOCK_K, dtype).reshape(used, -1)
+    cdef real[:, ::1] own = _aligned(used * (BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16), dtype).reshape(used, -1)
     for i in prange(used, nogil=True, schedule="static", num_threads=used):
         if real is float:
             gemm_pack_float(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
