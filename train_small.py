@@ -25,6 +25,7 @@ from minisb.train import TrainSettings, check_memory, describe_data, resume, sta
 CONFIG_FLAGS = ("steps", "batch_size", "seq_len", "lr", "spike", "spike_k")
 TRAIN_FLAGS = ("data", "seed", "accumulate", "spike_from", "eval_every", "checkpoint_every", "dtype")
 SAMPLE_TOKENS = 200
+SAMPLE_FROM = (0.6, None, 0.95)  # temperature, top-k, top-p: a small model is best kept to what it is sure of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,7 +195,7 @@ def _conclude(result, model, tokenizer, folder):
     if result["sparsity"] is not None:
         print(f"  {result['sparsity']:.1%} of the spike slots are empty")
     spike = result["sparsity"] is not None
-    ids = minisb.generate(model, [], SAMPLE_TOKENS, stop=tokenizer.eot, spike=spike)
+    ids = minisb.generate(model, [], SAMPLE_TOKENS, *SAMPLE_FROM, stop=tokenizer.eot, spike=spike)
     print(f"\na sample{' (with spikes)' * spike}:\n")
     for text in tokenizer.stream(ids):
         print(text, end="", flush=True)
