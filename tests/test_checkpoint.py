@@ -196,7 +196,7 @@ def assert_same_run(run: Path, whole: Path):
     for mine, theirs in zip(state(run), state(whole), strict=True):
         assert np.array_equal(mine, theirs)
     assert log_without_speed(run) == log_without_speed(whole)
-    assert {path.name for path in run.iterdir()} == FILES
+    assert {path.name for path in run.iterdir()} - {"loss.png"} == FILES  # the picture needs matplotlib
     weights = minisb.load(run, native="none").store.flat_p
     assert np.array_equal(weights, state(run)[1])
 
