@@ -374,7 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--mode", choices=["eager", "compile"], default="compile")
-    parser.add_argument("--chunk", type=int, choices=[16, 32, 64], default=32, help="GLA chunk length")
+    parser.add_argument("--chunk", type=int, choices=[16, 32, 64], default=64, help="GLA chunk length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="steps in each of the 5 groups (tiny 8, base 2)")
     parser.add_argument("--json", action="store_true", help="print only the result line")
