@@ -67,7 +67,7 @@ def chunk_exponents(chunk: int) -> Tensor:
 
     Row t < c sums the gates from the middle of the chunk to t (negated before the middle), so no
     exponent spans more than half a chunk. The last two rows sum the first and the second half.
-    torch.cumsum and its backward over a strided axis are slower.
+    It costs what torch.cumsum costs and gives the reference point and the half sums as well.
     """
     first_half = (torch.arange(chunk) < chunk // 2).float()
     since_middle = torch.ones(chunk, chunk).tril() - first_half
