@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -102,12 +101,9 @@ def compare(shape: str, threads: int, steps: int) -> dict:
 
 
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    from minisb.doctor import processor  # here: each side must be able to start without the other's imports
+
+    return processor()[0]
 
 
 def main():

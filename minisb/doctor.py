@@ -83,13 +83,13 @@ def check_python():
 
 
 def check_cpu():
-    name, flags = _cpu()
+    name, flags = processor()
     useful = " ".join(flag for flag in USEFUL_FLAGS if flag in flags) or "no vector extensions known"
     cores = default_threads()
     yield Line("cpu", f"{name}, {cores} core{'s' * (cores != 1)} to use; {useful}")
 
 
-def _cpu() -> tuple[str, set[str]]:
+def processor() -> tuple[str, set[str]]:
     """Name and flags of the processor, as far as the system tells."""
     if sys.platform.startswith("linux"):
         try:
