@@ -39,6 +39,7 @@ class Backend:
     """NumPy, and the interface of every backend.
 
     xp: the array module.  natives: operation name -> compiled (or a student's) function.
+    checked: spikes refuse NaN and infinity with one clear sentence; MINISB_CHECK=1 turns it on.
     """
 
     name = "numpy"
@@ -47,6 +48,7 @@ class Backend:
     def __init__(self, threads: int | None = None):
         self.threads = threads or default_threads()
         self.natives: dict = {}
+        self.checked = os.environ.get("MINISB_CHECK", "0") not in ("", "0")
         blas.set_threads(self.threads)
 
     def use(self, name: str, function):
