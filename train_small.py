@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_dtype, help="auto, float32, bfloat16 or float16; a CPU has float32 only (default: auto)")
     add("--native", metavar="all|none|LIST", help="compiled operations to use, by name (default: all)")
     add("--spike", type=_spike, metavar="all|none|LIST",
-        help=f"projections that read spikes, of {','.join(SPIKE_PROJECTIONS)} (default: all)")  # fmt: skip
+        help=f"projections that read spikes, of {','.join(SPIKE_PROJECTIONS)}, each in all layers or in some: "
+             "down,3.q,0-3.gate,5.all (layers count from 0; default: all)")  # fmt: skip
     add("--spike-k", type=float, metavar="K", help="threshold = mean|x| / K: larger K, finer spikes (default: 3)")
     add("--spike-from", type=float, metavar="FRACTION",
         help="share of the steps after which spikes are on (default: 0.8)")  # fmt: skip

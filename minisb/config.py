@@ -6,12 +6,40 @@ D head size, F feed-forward width, V vocabulary, W window, L layers.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import asdict, dataclass, fields
 
 from minisb.errors import MinisbError
 
 #: Projections whose input can be spike-coded: the eight of a GLA layer (a window layer has no gk).
 SPIKE_PROJECTIONS = ("q", "k", "v", "gk", "o", "gate", "up", "down")
+
+
+@functools.cache
+def spikes_by_layer(spike: tuple[str, ...], layers: int) -> tuple[frozenset[str], ...]:
+    """Which projections read spikes, layer by layer, from names such as "down", "3.q" or "0-3.all".
+
+    A name is one of SPIKE_PROJECTIONS, or "all" of them, in every layer or (before a dot, from 0) in one
+    or in a range of layers.  Raises MinisbError for a name or a layer that there is not.
+    """
+    chosen = [set() for _ in range(layers)]
+    for entry in spike:
+        where, name = re.fullmatch(r"(?:(.*)\.)?(.*)", entry, re.DOTALL).groups()
+        if name not in (*SPIKE_PROJECTIONS, "all"):
+            names = ", ".join(SPIKE_PROJECTIONS)
+            raise MinisbError(
+                f"unknown projection {name!r} in spike; choose from {names}, all, or one with layers before it: 0-3.q."
+            )
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", where) if where is not None else None
+        if where is not None and not ends:
+            raise MinisbError(f"{entry!r} in spike names no layers: write one (3.{name}) or a range (0-3.{name}).")
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, layers - 1)
+        if not first <= last < layers:
+            raise MinisbError(f"{entry!r} in spike asks for layers that the model lacks: it has 0 to {layers - 1}.")
+        for layer in chosen[first : last + 1]:
+            layer.update(SPIKE_PROJECTIONS if name == "all" else (name,))
+    return tuple(map(frozenset, chosen))
 
 
 @dataclass(frozen=True)
@@ -37,7 +65,7 @@ class Config:
     qkv_bias: bool = True  # Qwen2.5 has a bias on q, k and v and nowhere else
     tied: bool = True  # the head reuses the embedding: small models cannot afford two
     spike_k: float = 3.0  # threshold = mean|x| / k (eq. 19): larger k, finer spikes
-    spike: tuple[str, ...] = SPIKE_PROJECTIONS  # which projections read spikes when spiking is on
+    spike: tuple[str, ...] = SPIKE_PROJECTIONS  # what reads spikes when spiking is on: see spikes_by_layer
 
     # Settings of training that belong to a size: what a laptop or one GPU does well.
     seq_len: int = 256  # T
@@ -60,10 +88,7 @@ class Config:
         for name in ("spike_k", "rope_theta", "gate_divisor", "norm_eps", "lr"):
             if not getattr(self, name) > 0:
                 raise MinisbError(f"{name} must be above 0, got {getattr(self, name)}.")
-        unknown = [p for p in self.spike if p not in SPIKE_PROJECTIONS]
-        if unknown:
-            names = ", ".join(SPIKE_PROJECTIONS)
-            raise MinisbError(f"unknown projection {unknown[0]!r} in spike; choose from {names}.")
+        spikes_by_layer(self.spike, self.layers)
         unknown = [m for m in self.mixers if m not in ("gla", "window", "full")]
         if unknown or not self.mixers:
             raise MinisbError(f"unknown mixer {unknown[:1]}; choose from gla, window, full.")

@@ -29,12 +29,13 @@ from minisb.state import GLAState, KeyValueCache
 class Context:
     """What is true of one forward pass for every layer.
 
-    spikes: projections that read spikes.  tap(name, array): sees inner values, None costs nothing.
+    spikes: for each layer, its projections that read spikes.
+    tap(name, array): sees inner values, None costs nothing.
     cos, sin: rotary tables (T,D/2) of this pass's positions.
     """
 
     be: Any
-    spikes: frozenset = frozenset()
+    spikes: tuple[frozenset, ...] = ()
     spike_k: float = 3.0
     cos: Any = None
     sin: Any = None
@@ -50,7 +51,7 @@ class Projections:
 
     def __init__(self, store: ParamStore, prefix: str, weights: dict[str, str], biases: tuple[str, ...] = ()):
         """weights: short name for spikes and taps -> parameter name under prefix, in row order."""
-        self.prefix = prefix
+        self.prefix, self.layer = prefix, int(prefix.split(".")[1])  # layers.3.attn
         self.w, self.dw = store.rows([f"{prefix}.{name}" for name in weights.values()])
         self.b, self.db = store.rows([f"{prefix}.{name}" for name in biases]) if biases else (None, None)
         self.rows, start = {}, 0
@@ -61,7 +62,7 @@ class Projections:
 
     def forward(self, ctx: Context, x):
         """x (B,T,I) -> y (B,T,O).  saved: the inputs as read, by rows."""
-        spiking = [name for name in self.rows if name in ctx.spikes]
+        spiking = [name for name in self.rows if name in ctx.spikes[self.layer]]
         if spiking:
             x_hat, vth = spike_forward(ctx.be, x, ctx.spike_k)
             if ctx.tap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minisb.config import Config
+from minisb.config import Config, spikes_by_layer
 from minisb.layers import Context, GatedLinearAttention, SoftmaxAttention, SwiGLU
 from minisb.ops.cross_entropy import IGNORE, cross_entropy
 from minisb.ops.embedding import embedding_backward, embedding_forward
@@ -80,7 +80,7 @@ class SpikingBrain:
     """The whole model over a ParamStore.
 
     Methods take integer tokens (B,T).  spike: False, True (the config's projections), or the
-    names of the projections that read spikes.
+    names of what reads spikes, as in the config: "down", "3.q", "0-3.all".
     """
 
     def __init__(self, config: Config, be, store: ParamStore | None = None):
@@ -128,7 +128,7 @@ class SpikingBrain:
 
     def _context(self, length: int, start: int, spike, tap) -> Context:
         c = self.config
-        spikes = frozenset(c.spike if spike is True else spike or ())
+        spikes = spikes_by_layer(c.spike if spike is True else tuple(spike or ()), c.layers)
         cos, sin = rope_table(start, length, c.head_dim, c.rope_theta)
         dtype, asarray = self.embedding.dtype, self.be.xp.asarray
         return Context(self.be, spikes, c.spike_k, asarray(cos, dtype), asarray(sin, dtype), tap)
