@@ -1,0 +1,1 @@
+"""The lessons of minisb: `python -m lessons list`, from the project's root."""

@@ -1,0 +1,1 @@
+"""What proves that the lessons hold: `python -m lessons._ci`."""

@@ -1,0 +1,1 @@
+"""The machinery of the lessons: loading, checking, showing, exporting.  Lessons hold the ideas."""
