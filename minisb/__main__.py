@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "minisb.doctor",
     "info": "minisb.info",
     "bench": "minisb.bench",
+    "spikes": "minisb.spikes_cli",
 }
 
 
