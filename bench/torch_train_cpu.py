@@ -327,6 +327,20 @@ def measure(shape: str, mode: str, chunk: int, steps: int, say) -> dict:
     }
 
 
+def serve(shape: str, mode: str, chunk: int, steps: int) -> None:
+    """Warm up, say so, and from then on time a group of steps for each line read."""
+    s = SHAPES[shape]
+    trainer = Trainer(s, mode, chunk)
+    for _ in range(4):
+        trainer.step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(steps):
+            trainer.step()
+        print(steps * s.B * s.T / (time.perf_counter() - start), flush=True)
+
+
 # --- check --------------------------------------------------------------------------------
 
 
@@ -378,6 +392,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="steps in each of the 5 groups (tiny 8, base 2)")
     parser.add_argument("--json", action="store_true", help="print only the result line")
+    parser.add_argument("--serve", action="store_true", help="time a group for each line read (bench/train_cpu.py)")
     parser.add_argument("--check", action="store_true", help="compare with the definitions and exit")
     a = parser.parse_args()
 
@@ -387,6 +402,9 @@ def main() -> None:
     if a.check:
         sys.exit(0 if check() else 1)
     steps = a.steps or {"tiny": 8, "base": 2}[a.shape]
+    if a.serve:
+        serve(a.shape, a.mode, a.chunk, steps)
+        return
     say = (lambda line: None) if a.json else print
     print(json.dumps(measure(a.shape, a.mode, a.chunk, steps, say)))
 

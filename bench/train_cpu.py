@@ -4,10 +4,10 @@
     python bench/train_cpu.py                 # both shapes, 2 threads
     python bench/train_cpu.py --shape tiny    # one shape
 
-Each side runs in a process of its own, warmed up, and reports the median of 5 timed groups of
-steps.  PyTorch is taken at its best over GLA chunks of 16, 32 and 64, eager and compiled.  Ours runs
-before and after the peer, so that a machine that slows down meanwhile is seen.  The last line is
-JSON with the ratios.
+Each side is a process of its own, warmed up, that times one group of steps whenever it is asked.  The
+sides are asked in turn, so that a machine that slows down meanwhile slows down all of them; a side's
+figure is the median of its groups.  PyTorch is taken at its best over GLA chunks of 16, 32 and 64,
+eager and compiled.  The last line is JSON with the ratios.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SHAPES = {
     "base": {"width": 256, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 704, "window": 128,
              "vocab": 2048, "seq_len": 512, "batch_size": 8},
 }
+STEPS = {"tiny": 8, "base": 2}  # steps in a timed group
 CHUNKS = (16, 32, 64)
-GROUPS = 5
 
 
-def ours(shape: str, threads: int, steps: int) -> dict:
-    """Tokens per second of minisb in this process."""
+def our_step(shape: str, threads: int):
+    """A function that makes one training step of minisb, in this process -> loss."""
     import numpy as np
 
     from minisb.backend import choose
@@ -45,7 +45,7 @@ def ours(shape: str, threads: int, steps: int) -> dict:
     from minisb.train import TrainSettings
 
     config = Config(**SHAPES[shape])
-    be, why = choose("cpu", "all", threads)
+    be, _ = choose("cpu", "all", threads)
     model = SpikingBrain(config, be, ParamStore(specs(config), optimizer=True))
     model.store.initialise(0)
     settings = TrainSettings()
@@ -62,41 +62,61 @@ def ours(shape: str, threads: int, steps: int) -> dict:
         update(be, model.store, done, 1e-3, grad_norm(be, model.store.flat_g), settings)
         return loss
 
-    rates, tokens = [], config.batch_size * config.seq_len
-    for _ in range(3):
+    return step
+
+
+def serve(step, steps: int, tokens: int):
+    """Warm up, say so, and from then on time a group of steps for each line read."""
+    for _ in range(4):
         step()
-    for _ in range(GROUPS):
+    print("ready", flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         for _ in range(steps):
-            loss = step()
-        rates.append(steps * tokens / (time.perf_counter() - start))
-    return {"tok_per_s": statistics.median(rates), "loss": loss, "why": why, "rates": [round(r) for r in rates]}
+            step()
+        print(steps * tokens / (time.perf_counter() - start), flush=True)
 
 
-def run(*arguments) -> dict:
-    """One side in a fresh process -> the JSON of its last line."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{arguments}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+class Side:
+    """One side: a process that waits until it is asked for a group."""
+
+    def __init__(self, *arguments):
+        self.rates = []
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if self.process.stdout.readline() != "ready\n":
+            sys.exit(f"this side did not start: {arguments}")
+
+    def time_a_group(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.rates.append(float(self.process.stdout.readline()))
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
 
 
-def compare(shape: str, threads: int, steps: int) -> dict:
+def compare(shape: str, threads: int, groups: int) -> dict:
     """All sides at one shape -> tokens per second and ratios."""
-    me = [HERE / "train_cpu.py", "--side", "ours", "--shape", shape, "--threads", threads, "--steps", steps]
-    peer = HERE / "torch_train_cpu.py"
-    rates = [run(*me)["tok_per_s"]]
-    best = {}
+    common = ["--shape", shape, "--threads", threads, "--serve"]
+    sides = {"minisb": Side(HERE / "train_cpu.py", *common)}
     for mode in ("eager", "compile"):
         for chunk in CHUNKS:
-            got = run(peer, "--shape", shape, "--mode", mode, "--chunk", chunk, "--threads", threads, "--json")
-            print(f"  {shape} PyTorch {mode} chunk {chunk}: {got['tok_per_s']:,.0f} tokens/s", flush=True)
-            best[mode] = max(best.get(mode, 0), got["tok_per_s"])
-        rates.append(run(*me)["tok_per_s"])
-        print(f"  {shape} minisb: {rates[-1]:,.0f} tokens/s", flush=True)
-    mine = statistics.median(rates)
-    return {"minisb": round(mine), "minisb_runs": [round(r) for r in rates],
-            **{mode: round(rate) for mode, rate in best.items()},
+            print(f"  {shape}: starting PyTorch {mode}, chunk {chunk}", flush=True)
+            sides[f"{mode} {chunk}"] = Side(HERE / "torch_train_cpu.py", *common, "--mode", mode, "--chunk", chunk)
+    for _ in range(groups):
+        for side in sides.values():
+            side.time_a_group()
+    for name, side in sides.items():
+        side.process.stdin.close()
+        side.process.wait()
+        print(f"  {shape} {name:10} {side.rate:9,.0f} tokens/s   groups: "
+              + " ".join(f"{rate:,.0f}" for rate in sorted(side.rates)))
+    mine = sides["minisb"].rate
+    best = {mode: max(sides[f"{mode} {chunk}"].rate for chunk in CHUNKS) for mode in ("eager", "compile")}
+    return {"minisb": round(mine), **{mode: round(rate) for mode, rate in best.items()},
             **{f"ratio_{mode}": round(mine / rate, 2) for mode, rate in best.items()}}
 
 
@@ -110,14 +130,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10, help="steps in each of the 5 timed groups of our side")
-    parser.add_argument("--side", choices=["ours"], help="run our side alone, in this process")
+    parser.add_argument("--groups", type=int, default=9, help="timed groups of each side")
+    parser.add_argument("--serve", action="store_true", help="be our side of the comparison (used by this script)")
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(ours(args.shape, args.threads, args.steps)))
+    if args.serve:
+        shape = SHAPES[args.shape]
+        serve(our_step(args.shape, args.threads), STEPS[args.shape], shape["batch_size"] * shape["seq_len"])
         return
     shapes = list(SHAPES) if args.shape == "all" else [args.shape]
-    result = {shape: compare(shape, args.threads, args.steps) for shape in shapes}
+    result = {shape: compare(shape, args.threads, args.groups) for shape in shapes}
     print(f"\n{cpu_name()}, {os.cpu_count()} cores, {args.threads} threads, fp32")
     print(f"{'shape':6} {'minisb':>10} {'eager':>10} {'compile':>10}  tokens/s, and minisb over the peer")
     for shape, r in result.items():
