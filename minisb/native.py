@@ -13,7 +13,7 @@ from minisb.errors import MinisbError
 #: One module per operation; each has a table TWINS of operation name -> function.
 MODULES = (
     "linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw", "gate",
-    "embedding",
+    "embedding", "w8aspike",
 )  # fmt: skip
 
 
@@ -45,18 +45,26 @@ def _load(module: str):
         return None, f"cannot be loaded here ({error})"
 
 
+def chosen(select: str, modules) -> list[str]:
+    """The names in `select`: "all", "none" or a comma-separated list of `modules`.
+
+    Raises MinisbError for another name.
+    """
+    names = list(modules) if select == "all" else [n for n in select.split(",") if n and n != "none"]
+    unknown = [n for n in names if n not in modules]
+    if unknown:
+        raise MinisbError(f"unknown native {unknown[0]!r}; choose from all, none, {', '.join(modules)}.")
+    return names
+
+
 def load(select: str = "all") -> dict:
     """The natives named by `select` ("all" or a comma-separated list of MODULES).
 
     Missing ones are left out; a stale or foreign one is named in a warning.  Raises MinisbError
     for a name that is not in MODULES.
     """
-    names = MODULES if select == "all" else [n for n in select.split(",") if n]
-    unknown = [n for n in names if n not in MODULES]
-    if unknown:
-        raise MinisbError(f"unknown native {unknown[0]!r}; choose from all, none, {', '.join(MODULES)}.")
     loaded = {}
-    for name in names:
+    for name in chosen(select, MODULES):
         module, reason = _load(name)
         if module is not None:
             loaded[name] = module

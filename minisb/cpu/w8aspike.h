@@ -1,0 +1,329 @@
+/* W8ASpike in integers: spike counts, the product with int8 weights, attention on int8 keys and values.
+
+   Everything is written once per path, a set of instructions, and a path is chosen when the module is
+   loaded: "avx2" where the processor has it, else "portable".  All paths give equal bits, because
+
+   - integer sums are exact in any order.  AVX2 multiplies unsigned by signed bytes, |s| by w with the
+     sign of s moved over; in [-127, 127] a sum of two such products fits in its 16 bits (32,258).
+   - fp32 sums are written in one order: |x| in 32 lanes, groups of a row in index order.
+     Compile with -ffp-contract=off and without -fassociative-math, as setup.py does.
+
+   A path for AVX-VNNI would be one more `sums`: s + 128 against w, less 128 times w's sum over the group.
+
+   A product reads its weights once, two rows side by side, and nothing else of any size: with one token it
+   runs at the speed of memory.  With many tokens the two rows stay in the first cache.  Asking for weights
+   AHEAD bytes early helps even though they are read in order: the processor's own guess ends with a page. */
+#ifndef MINISB_W8ASPIKE_H
+#define MINISB_W8ASPIKE_H
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { BLOCK = 128, EIGHT = 8, LANES = 32, COUNT_MAX = 1 << 17, SMALL = 31, AHEAD = 6144 };
+
+/* What the counts beyond int8 exceed it by: channels in order, ended by one at INT32_MAX. */
+typedef struct {
+    int32_t channel, value;
+} Rest;
+
+/* One token's counts, as a product reads them. */
+typedef struct {
+    int8_t *s, *magnitude; /* counts in [-127, 127] and their absolute values, filled up with zeros to whole blocks */
+    int8_t *small;         /* for each block of 128: is no magnitude above SMALL? */
+    Rest *rest;            /* (I + 1) */
+    float vth;
+} Spikes;
+
+typedef struct {
+    const int8_t *w;     /* (O, I) */
+    const float *scales; /* (O, groups) */
+    const float *b;      /* (O) or NULL */
+    int64_t O, I, groups; /* groups: I / 128, rounded up, or 1 */
+} Matrix;
+
+/* ---- one token's threshold and counts ------------------------------------------------------------ */
+
+/* vth of x (n); NaN if x is not finite.  least and most: where it is clamped. */
+static inline __attribute__((always_inline)) float threshold(const float *x, int64_t n, float k, float least,
+                                                             float most) {
+    float lane[LANES] = {0};
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] += fabsf(x[c + j]);
+    for (int j = 0; c + j < n; j++) lane[j] += fabsf(x[c + j]);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    float vth = lane[0] / (float)n / k;
+    vth = vth < least ? least : vth;
+    vth = vth > most ? most : vth;
+    return lane[0] <= 3.402823466e38f ? vth : NAN;
+}
+
+static inline __attribute__((always_inline)) int32_t count_of(float x, float vth) {
+    float t = rintf(x / vth);
+    t = t > COUNT_MAX ? COUNT_MAX : t;
+    t = t < -COUNT_MAX ? -COUNT_MAX : t;
+    return (int32_t)(t == t ? t : 0);
+}
+
+static inline __attribute__((always_inline)) int32_t clip(int32_t t, int32_t most) {
+    t = t > most ? most : t;
+    return t < -most ? -most : t;
+}
+
+/* x (n) -> everything in `to`. */
+static inline __attribute__((always_inline)) void spike_body(const float *restrict x, Spikes *to, int64_t n, float k,
+                                                             float least, float most) {
+    float vth = threshold(x, n, k, least, most);
+    int8_t *restrict s = to->s, *restrict magnitude = to->magnitude;
+    int32_t beyond = 0;
+    for (int64_t c = 0; c < n; c++) {
+        int32_t t = count_of(x[c], vth), kept = clip(t, 127);
+        beyond |= t - kept;
+        s[c] = (int8_t)kept;
+        magnitude[c] = (int8_t)(kept < 0 ? -kept : kept);
+    }
+    for (int64_t c = n; c % BLOCK; c++) s[c] = magnitude[c] = 0;
+    for (int64_t block = 0; block * BLOCK < n; block++) {
+        int8_t top = 0;
+        for (int i = 0; i < BLOCK; i++) top = magnitude[block * BLOCK + i] > top ? magnitude[block * BLOCK + i] : top;
+        to->small[block] = top <= SMALL;
+    }
+    Rest *rest = to->rest;
+    for (int64_t c = 0; beyond && c < n; c++)
+        if (magnitude[c] == 127) {
+            int32_t t = count_of(x[c], vth) - s[c];
+            if (t) *rest++ = (Rest){(int32_t)c, t};
+        }
+    rest->channel = INT32_MAX;
+    to->vth = vth;
+}
+
+/* One head's query: counts as int16. */
+static inline __attribute__((always_inline)) float query_body(const float *restrict x, int16_t *restrict s, int64_t n,
+                                                              float k, float least, float most) {
+    float vth = threshold(x, n, k, least, most);
+    for (int64_t c = 0; c < n; c++) s[c] = (int16_t)clip(count_of(x[c], vth), 32767);
+    return vth;
+}
+
+/* One head's key or value: int8, returns its unit max|x| / 127. */
+static inline __attribute__((always_inline)) float to_int8_body(const float *restrict x, int8_t *restrict to,
+                                                                int64_t n) {
+    float top = 0, unit, nan = 0;
+    for (int64_t c = 0; c < n; c++) {
+        float a = fabsf(x[c]);
+        nan += a * 0;
+        top = a > top ? a : top;
+    }
+    unit = top / 127.0f;
+    unit = unit < 0x1p-126f ? 0x1p-126f : unit;
+    unit = nan == 0 ? unit : NAN;
+    for (int64_t c = 0; c < n; c++) to[c] = (int8_t)clip(count_of(x[c], unit), 127);
+    return unit;
+}
+
+/* ---- the product --------------------------------------------------------------------------------- */
+
+/* Two rows of weights, from channel `at` on, times n <= 8 * 128 counts: a sum for each block of 128. */
+static inline __attribute__((always_inline)) void sums_portable(const int8_t *const *w, const Spikes *x, int64_t at,
+                                                                int64_t n, int32_t sums[2][EIGHT]) {
+    for (int r = 0; r < 2; r++)
+        for (int64_t start = 0; start < n; start += BLOCK) {
+            int32_t sum = 0, size = (int32_t)(n - start < BLOCK ? n - start : BLOCK);
+            for (int i = 0; i < size; i++) sum += (int32_t)w[r][at + start + i] * x->s[at + start + i];
+            sums[r][start / BLOCK] = sum;
+        }
+}
+
+/* Two rows of y = vth * sum over groups of scale * (w s) + b, for one token. */
+#define DEFINE_ROWS(PATH, TARGET)                                                                                \
+    TARGET static void rows_##PATH(const Matrix *m, const int64_t *row, const Spikes *x, float *y) {             \
+        const int8_t *w[2] = {m->w + row[0] * m->I, m->w + row[1] * m->I};                                       \
+        const float *scales[2] = {m->scales + row[0] * m->groups, m->scales + row[1] * m->groups};               \
+        const Rest *rest = x->rest;                                                                              \
+        float total[2] = {0, 0};                                                                                 \
+        int32_t sums[2][EIGHT], whole[2] = {0, 0}; /* of the row, where it has one scale */                      \
+        for (int64_t at = 0; at < m->I; at += EIGHT * BLOCK) {                                                   \
+            int64_t n = m->I - at < EIGHT * BLOCK ? m->I - at : EIGHT * BLOCK, blocks = (n + BLOCK - 1) / BLOCK; \
+            sums_##PATH(w, x, at, n, sums);                                                                      \
+            for (; rest->channel < at + n; rest++)                                                               \
+                for (int r = 0; r < 2; r++)                                                                      \
+                    sums[r][(rest->channel - at) / BLOCK] += w[r][rest->channel] * rest->value;                  \
+            if (m->groups == 1) {                                                                                \
+                for (int64_t g = 0; g < blocks; g++) whole[0] += sums[0][g], whole[1] += sums[1][g];             \
+                continue;                                                                                        \
+            }                                                                                                    \
+            for (int64_t g = 0; g < blocks; g++)                                                                 \
+                for (int r = 0; r < 2; r++) total[r] += (float)sums[r][g] * scales[r][at / BLOCK + g];           \
+        }                                                                                                        \
+        for (int r = 0; r < 2; r++) {                                                                            \
+            if (m->groups == 1) total[r] += (float)whole[r] * scales[r][0];                                      \
+            total[r] *= x->vth;                                                                                  \
+            y[row[r]] = m->b ? total[r] + m->b[row[r]] : total[r];                                               \
+        }                                                                                                        \
+    }
+
+/* ---- attention of one query over an int8 cache --------------------------------------------------- */
+
+/* The R query heads of one key head: q (R, D) counts, qv (R); k, v (count, ..ld) int8, ku, vu (count, ..G).
+   p: room for count values.  o (R, D). */
+#define DEFINE_ATTEND(PATH, TARGET)                                                                              \
+    TARGET static void attend_##PATH(const int16_t *q, const float *qv, const int8_t *k, const float *ku,        \
+                                     const int8_t *v, const float *vu, int64_t R, int64_t D, int64_t G,          \
+                                     int64_t count, float scale, float *p, float *o) {                           \
+        for (int64_t r = 0; r < R; r++, q += D, o += D) {                                                        \
+            float top = -INFINITY, total = 0, unit = qv[r] * scale;                                              \
+            for (int64_t j = 0; j < count; j++) {                                                                \
+                const int8_t *key = k + j * G * D;                                                               \
+                int32_t sum = 0;                                                                                 \
+                for (int64_t d = 0; d < D; d++) sum += (int32_t)q[d] * key[d];                                   \
+                p[j] = (float)sum * (unit * ku[j * G]);                                                          \
+                top = p[j] > top ? p[j] : top;                                                                   \
+            }                                                                                                    \
+            for (int64_t j = 0; j < count; j++) p[j] = exp_float(p[j] - top);                                    \
+            for (int64_t j = 0; j < count; j++) total += p[j];                                                   \
+            for (int64_t d = 0; d < D; d++) o[d] = 0;                                                            \
+            for (int64_t j = 0; j < count; j++) {                                                                \
+                const int8_t *value = v + j * G * D;                                                             \
+                float share = p[j] / total * vu[j * G];                                                          \
+                for (int64_t d = 0; d < D; d++) o[d] += share * (float)value[d];                                 \
+            }                                                                                                    \
+        }                                                                                                        \
+    }
+
+/* ---- the paths ----------------------------------------------------------------------------------- */
+
+#include "vmath.h"
+
+#define DEFINE_PATH(PATH, TARGET)                                                                                \
+    TARGET static void spike_##PATH(const float *x, Spikes *to, int64_t n, float k, float least, float most) {   \
+        spike_body(x, to, n, k, least, most);                                                                    \
+    }                                                                                                            \
+    TARGET static float query_##PATH(const float *x, int16_t *s, int64_t n, float k, float least, float most) {  \
+        return query_body(x, s, n, k, least, most);                                                              \
+    }                                                                                                            \
+    TARGET static float to_int8_##PATH(const float *x, int8_t *to, int64_t n) { return to_int8_body(x, to, n); } \
+    DEFINE_ROWS(PATH, TARGET)                                                                                    \
+    DEFINE_ATTEND(PATH, TARGET)
+
+DEFINE_PATH(portable, )
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma")))
+
+AVX2 static inline __m256i load32(const int8_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
+
+/* 32 products in 16 sums of two: |s| times w with the sign of s. */
+AVX2 static inline __m256i pairs(__m256i w, const int8_t *s, const int8_t *magnitude) {
+    return _mm256_maddubs_epi16(load32(magnitude), _mm256_sign_epi8(w, load32(s)));
+}
+
+/* 16 sums of 16 bits in 8 of 32 bits. */
+AVX2 static inline __m256i widen(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+
+/* A whole block with small counts: 4 * 2 * 31 * 127 still fits in 16 bits, so widening once is enough. */
+AVX2 static inline __m256i small_block(const int8_t *w, const int8_t *s, const int8_t *magnitude) {
+    __m256i a = _mm256_add_epi16(pairs(load32(w), s, magnitude), pairs(load32(w + 32), s + 32, magnitude + 32));
+    __m256i b = _mm256_add_epi16(pairs(load32(w + 64), s + 64, magnitude + 64),
+                                 pairs(load32(w + 96), s + 96, magnitude + 96));
+    return widen(_mm256_add_epi16(a, b));
+}
+
+/* n <= 128 counts of any size. */
+AVX2 static inline __m256i any_block(const int8_t *w, const int8_t *s, const int8_t *magnitude, int64_t n) {
+    __m256i sum = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) sum = _mm256_add_epi32(sum, widen(pairs(load32(w + i), s + i, magnitude + i)));
+    if (i < n) {
+        int8_t tail[32] = {0};
+        memcpy(tail, w + i, n - i);
+        sum = _mm256_add_epi32(sum, widen(pairs(load32(tail), s + i, magnitude + i)));
+    }
+    return sum;
+}
+
+/* Eight vectors of eight sums each -> their eight totals. */
+AVX2 static inline __m256i totals(const __m256i *sum) {
+    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[4], sum[5]), _mm256_hadd_epi32(sum[6], sum[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+AVX2 static inline void sums_avx2(const int8_t *const *w, const Spikes *x, int64_t at, int64_t n,
+                                  int32_t sums[2][EIGHT]) {
+    __m256i sum[2][EIGHT];
+    const int8_t *left = w[0] + at, *right = w[1] + at, *s = x->s + at, *magnitude = x->magnitude + at;
+    const int8_t *small = x->small + at / BLOCK;
+    for (int g = 0; g < EIGHT; g++, left += BLOCK, right += BLOCK, s += BLOCK, magnitude += BLOCK, n -= BLOCK) {
+        for (int line = 0; line < BLOCK; line += 64) {
+            _mm_prefetch((const char *)left + AHEAD + line, _MM_HINT_T0);
+            _mm_prefetch((const char *)right + AHEAD + line, _MM_HINT_T0);
+        }
+        if (n >= BLOCK && small[g]) {
+            sum[0][g] = small_block(left, s, magnitude);
+            sum[1][g] = small_block(right, s, magnitude);
+        } else {
+            int64_t size = n < 0 ? 0 : n < BLOCK ? n : BLOCK;
+            sum[0][g] = any_block(left, s, magnitude, size);
+            sum[1][g] = any_block(right, s, magnitude, size);
+        }
+    }
+    for (int r = 0; r < 2; r++) _mm256_storeu_si256((__m256i *)sums[r], totals(sum[r]));
+}
+
+DEFINE_PATH(avx2, AVX2)
+#endif
+
+typedef struct {
+    const char *name;
+    void (*spike)(const float *, Spikes *, int64_t, float, float, float);
+    float (*query)(const float *, int16_t *, int64_t, float, float, float);
+    float (*to_int8)(const float *, int8_t *, int64_t);
+    void (*rows)(const Matrix *, const int64_t *, const Spikes *, float *);
+    void (*attend)(const int16_t *, const float *, const int8_t *, const float *, const int8_t *, const float *,
+                   int64_t, int64_t, int64_t, int64_t, float, float *, float *);
+} Path;
+
+#define PATH_OF(NAME) {#NAME, spike_##NAME, query_##NAME, to_int8_##NAME, rows_##NAME, attend_##NAME}
+
+/* The paths that this processor can run, the best first. */
+static int find_paths(Path *found) {
+    int n = 0;
+#if defined(__GNUC__) && defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = (Path)PATH_OF(avx2);
+#endif
+    found[n++] = (Path)PATH_OF(portable);
+    return n;
+}
+
+/* Where a token's counts lie in `room`, of spike_room(I) bytes that start on a cache line. */
+static int64_t spike_room(int64_t I) {
+    int64_t wide = (I + BLOCK - 1) / BLOCK * BLOCK;
+    return (2 * wide + wide / BLOCK + (I + 1) * (int64_t)sizeof(Rest) + 127) / 64 * 64;
+}
+
+static Spikes spikes_in(int8_t *room, int64_t I) {
+    int64_t wide = (I + BLOCK - 1) / BLOCK * BLOCK, end = (2 * wide + wide / BLOCK + 63) / 64 * 64;
+    return (Spikes){room, room + wide, room + 2 * wide, (Rest *)(room + end), 0};
+}
+
+/* Rows first to last of the product for all N tokens x -> y (N, O). */
+static void product(const Path *path, const Matrix *m, int64_t first, int64_t last, int64_t N, const Spikes *x,
+                    float *y) {
+    for (int64_t r = first; r < last; r += 2) {
+        int64_t row[2] = {r, r + 1 < last ? r + 1 : r}; /* an odd last row stands beside itself */
+        for (int64_t t = 0; t < N; t++) path->rows(m, row, x + t, y + t * m->O);
+    }
+}
+
+/* Reads n bytes and does next to nothing with them: the speed limit of a product.  n a multiple of 256. */
+static uint64_t read_bytes(const uint64_t *x, int64_t n) {
+    uint64_t sum[32] = {0}, all = 0;
+    for (int64_t i = 0; i < n / 8; i += 32)
+        for (int j = 0; j < 32; j++) sum[j] += x[i + j];
+    for (int j = 0; j < 32; j++) all += sum[j];
+    return all;
+}
+#endif
