@@ -15,7 +15,7 @@ import numpy as np
 from lessons._lib.book import lesson
 from lessons._lib.conventions import flipped
 from minisb.backend import Backend
-from minisb.ops import gla
+from minisb.ops import codes, gla, neuron, spike
 
 BE = Backend(1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,95 @@ def flip_04(flips):
     }
 
 
+# --- 10 --------------------------------------------------------------------------------------------
+
+
+def threshold(x, k):
+    return spike.threshold(BE, x, k)
+
+
+def spike_count(x, vth):
+    return spike.spike_count(BE, x, vth)
+
+
+def simulate_neuron(x, vth, steps, v0):
+    return neuron.adaptive_neuron(x, vth, steps, v0)
+
+
+def ste_backward(dy, x, w, k):
+    x_hat, _ = spike.spike_forward(BE, x, k)
+    return dy @ w, dy.T @ x_hat
+
+
+def flip_10(flips):
+    def flip_threshold(x, k):
+        mean = (x * x).mean(-1, keepdims=True) ** 0.5 / k
+        return np.clip(mean, spike.VTH_MIN, spike.VTH_MAX) if "root mean square" in flips else threshold(x, k)
+
+    def flip_count(x, vth):
+        return np.floor(x / vth + 0.5) if "ties up" in flips else spike_count(x, vth)
+
+    def flip_backward(dy, x, w, k):
+        vth = flip_threshold(x, k)
+        return dy @ w, dy.T @ (flip_count(x, vth) * vth)
+
+    return {"threshold": flip_threshold, "spike_count": flip_count, "ste_backward": flip_backward} if flips else {}
+
+
+# --- 11 --------------------------------------------------------------------------------------------
+
+
+def encode_binary(counts, steps):
+    return codes.encode(counts, "binary", steps)
+
+
+def encode_ternary(counts, steps):
+    return codes.encode(counts, "ternary", steps)
+
+
+def encode_bitwise(counts, steps):
+    return codes.encode(counts, "bitwise", steps)
+
+
+def encode_twos_complement(counts, steps):
+    return codes.encode(counts, "twos_complement", steps)
+
+
+def decode(spikes, code):
+    return codes.decode(spikes, code)
+
+
+def event_matmul(spikes, w, code):
+    return codes.event_linear(spikes, w, code)
+
+
+def flip_11(flips):
+    def turned(spikes, code):
+        rate = code in codes.RATE
+        return spikes[::-1] if ("late spikes" if rate else "highest bit first") in flips else spikes
+
+    encoders = {
+        f"encode_{code}": lambda counts, steps, code=code: turned(codes.encode(counts, code, steps), code)
+        for code in ("binary", "ternary", "bitwise", "twos_complement")
+    }
+    return {
+        **encoders,
+        "decode": lambda spikes, code: codes.decode(turned(spikes, code), code),
+        "event_matmul": lambda spikes, w, code: codes.event_linear(turned(spikes, code), w, code),
+    }
+
+
 #: Lesson -> its adapters, what changes when conventions are flipped, the files that they call.
 LESSONS = {
     "04": ((gla_step, gla_recurrent, gla_parallel, gla_chunk), flip_04, ("minisb/ops/gla.py",)),
+    "10": (
+        (threshold, spike_count, simulate_neuron, ste_backward),
+        flip_10,
+        ("minisb/ops/spike.py", "minisb/ops/neuron.py"),
+    ),
+    "11": (
+        (encode_binary, encode_ternary, encode_bitwise, encode_twos_complement, decode, event_matmul),
+        flip_11,
+        ("minisb/ops/codes.py",),
+    ),
 }

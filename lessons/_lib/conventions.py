@@ -20,7 +20,7 @@ COURSE_FILE = Path(__file__).resolve().parents[1] / "course.json"
 class Convention:
     """A choice that the lesson states and a course may flip.
 
-    standard, flipped: the statement as it stands in exercise.py and lesson.md, word for word.
+    standard, flipped: the statement as it stands in exercise.py (and in the texts), word for word.
     en, zh: what is different, for the note at the top of the course's text.
     """
 
