@@ -128,7 +128,7 @@ def measure(model: SpikingBrain, tokens, k: float | None = None) -> tuple[dict, 
         if name.endswith(".count"):
             tallies.setdefault(name.removesuffix(".count"), Tally()).add(array)
 
-    loss, total = _loss(model, tokens, True, tap), Tally()
+    loss, total = mean_loss(model, tokens, True, tap), Tally()
     for tally in tallies.values():
         total.merge(tally)
     projections = {name: tally.statistics() for name, tally in tallies.items()}
@@ -139,11 +139,6 @@ def measure(model: SpikingBrain, tokens, k: float | None = None) -> tuple[dict, 
         "projections": projections,
         "operations": operations(model, projections),
     }, tallies
-
-
-def float_loss(model: SpikingBrain, tokens) -> float:
-    """Loss over tokens (N,) without spikes, in nats a token."""
-    return _loss(model, tokens, False, None)
 
 
 def operations(model: SpikingBrain, projections: dict) -> dict:
@@ -160,8 +155,8 @@ def operations(model: SpikingBrain, projections: dict) -> dict:
     return {"additions": additions / macs, "weights_reached": reached / macs, "activations": inputs / macs}
 
 
-def _loss(model, tokens, spike, tap) -> float:
-    """As the final evaluation of training: the mean over windows of T side by side."""
+def mean_loss(model: SpikingBrain, tokens, spike, tap=None) -> float:
+    """Nats a token over tokens (N,), in windows of T side by side, as the evaluation of training has it."""
     c = model.config
     total = read = 0
     for x, y in eval_batches(tokens, c.batch_size, c.seq_len):

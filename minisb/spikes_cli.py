@@ -10,7 +10,7 @@ from pathlib import Path
 from minisb import checkpoint, energy
 from minisb.data import load_tokens
 from minisb.errors import MinisbError
-from minisb.meter import QUANTITIES, REPORT_SPARSITY, float_loss, measure
+from minisb.meter import QUANTITIES, REPORT_SPARSITY, mean_loss, measure
 from minisb.train import whole_windows
 
 HELP = "measure the spikes of a run: counts, codes, sparsity, loss over k, energy"
@@ -69,7 +69,7 @@ def measure_run(run, model, sample, ks=DEFAULT_K):
     found = {
         "run": str(run),
         "tokens": len(sample) - 1,
-        "float_loss": float_loss(model, sample),
+        "float_loss": mean_loss(model, sample, spike=False),
         "spike_k": own,
         "definitions": {q.key: q.definition for q in QUANTITIES},
         "report": {q.key: q.report for q in QUANTITIES},

@@ -12,7 +12,7 @@ import train_small
 from minisb import __main__ as tools
 from minisb import cli, energy, spikes_cli
 from minisb.backend import Backend
-from minisb.meter import QUANTITIES, Tally, float_loss, measure, operations
+from minisb.meter import QUANTITIES, Tally, mean_loss, measure, operations
 from minisb.ops.spike import window_sparsity
 from minisb.train import evaluate
 
@@ -64,7 +64,7 @@ def test_a_model_is_measured_through_the_tap(be):
     found, tallies = measure(model, tokens)
     trained = evaluate(model, tokens)
     assert found["loss"] == pytest.approx(trained["val_loss_spike"], rel=1e-6)
-    assert float_loss(model, tokens) == pytest.approx(trained["val_loss"], rel=1e-6)
+    assert mean_loss(model, tokens, False) == pytest.approx(trained["val_loss"], rel=1e-6)
     assert found["total"]["sparsity"] == pytest.approx(trained["sparsity"])  # one batch of 4 windows
     assert set(found["projections"]) == set(tallies) and len(tallies) == 8 + 7 + 7
     q, k = tallies["layers.0.attn.q"], tallies["layers.0.attn.k"]

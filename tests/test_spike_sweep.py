@@ -1,0 +1,85 @@
+"""The sweep over thresholds, tiny: it resumes, its branches differ, its broken backwards are broken."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from conftest import backend_of
+from test_model import TINY, batch, model_of
+
+from minisb import cli
+from minisb.backend import Backend, CpuBackend
+from minisb.gradcheck import relative_rms
+
+spec = importlib.util.spec_from_file_location("spike_sweep", Path(__file__).parents[1] / "bench" / "spike_sweep.py")
+sweep = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sweep)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sweep, "KS", (0.5, 3.0))
+    text = tiny_run.write_text(tmp_path / "text", files=12)
+
+    def run(*flags):
+        capsys.readouterr()
+        out = tmp_path / "out"
+        code = cli.run(sweep.main, ["--preset", "tiny", "--data", str(text), "--out", str(out), *flags])
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_the_sweep_finishes_and_skips_what_is_finished(run, tmp_path, monkeypatch):
+    code, printed = run("--steps", "10")
+    assert code == 0 and "zero gradient" in printed.out
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["branch_at"] == 8 and [row["k"] for row in result["by_k"]] == [0.5, 3.0]
+    coarse, fine = result["by_k"]
+    assert coarse["sparsity"] > fine["sparsity"] and coarse["loss"] != coarse["untrained"]
+    for row in [*result["by_k"], *result["broken"]]:
+        assert row["cost"] == pytest.approx(row["loss"] / result["float"] - 1)
+        gap = row["untrained"] - result["float"]
+        assert row["recovered"] == pytest.approx((row["untrained"] - row["loss"]) / gap)
+    assert len({row["loss"] for row in [coarse, *result["broken"]]}) == 3
+    assert len({row["untrained"] for row in [coarse, *result["broken"]]}) == 1
+    target = result["at_report_sparsity"]
+    assert 0.5 < target["k"] < 3 and target["sparsity"] == pytest.approx(0.6915, abs=0.1)
+
+    monkeypatch.setattr(sweep.Trainer, "gradients", None)  # nothing is trained again
+    assert json.loads(run("--steps", "10")[1].out.splitlines()[-1]) == result
+    assert (tmp_path / "out" / "zero_gradient.json").exists()
+    code, printed = run("--steps", "11")
+    assert code == 2 and "other settings" in printed.err
+
+
+@pytest.mark.parametrize("name", ["numpy", "cpu"])
+def test_broken_backwards(name):
+    """No gradient passes a spike, or the weights' gradient is that of unrounded inputs; the loss is the same."""
+    backend_of(name)  # skips without natives
+    make = {"numpy": Backend, "cpu": CpuBackend}[name]
+    grads, losses = {}, {}
+    for kind in (None, *sweep.BROKEN):
+        be = make(2)
+        if kind:
+            sweep.break_backward(be, kind)
+        model = model_of(TINY, be, np.float64, noise=0.1)
+        losses[kind] = model.loss_and_backward(*batch(TINY), spike=True)
+        grads[kind] = dict(model.store.g)
+    assert losses[None] == losses["zero gradient"] == losses["dW with x"]
+    right, zero, with_x = (grads[kind] for kind in (None, *sweep.BROKEN))
+    assert all((zero[f"layers.{i}.mlp.up_proj.weight"] == 0).all() for i in range(TINY.layers))
+    assert all((zero[f"layers.{i}.attn.q_proj.weight"] == 0).all() for i in range(TINY.layers))
+    down = f"layers.{TINY.layers - 1}.mlp.down_proj.weight"  # nothing but the head is between it and the loss
+    assert relative_rms(zero[down], right[down]) < 1e-12 < 1e-2 < relative_rms(with_x[down], right[down])
+    last_norm = "norm.weight"
+    assert relative_rms(with_x[last_norm], right[last_norm]) < 1e-12
+
+
+def test_where_the_sparsity_is_the_reports():
+    assert sweep._crossing([0.9, 0.7, 0.6], (1.0, 2.0, 3.0), 0.65) == 2.5
+    assert sweep._crossing([0.6, 0.5], (1.0, 2.0), 0.65) is None
