@@ -65,7 +65,7 @@ def main(argv) -> int:
     if args.graph == "on" and be.name != "cuda":
         raise MinisbError("--graph on needs a GPU: there is nothing to record on a CPU.")
     print(f"device  {be.name}: {why}")
-    check_memory(config)
+    check_memory(config, be)
 
     if args.resume:
         tokenizer = checkpoint.load_tokenizer(folder, checkpoint.load_config(folder).get("tokenizer"))

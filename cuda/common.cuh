@@ -1,2 +1,136 @@
-// What every kernel of minisb shares.  Prepended to each .cu file before it is compiled.
+// What every kernel of minisb shares.  minisb/gpu.py puts this text before each .cu file and compiles
+// the two once for every element type, with -DREAL_float32, _float64, _bfloat16 or _float16.
+//
+//   real   how activations and weights are stored
+//   wide   how we compute, and how statistics, states and parameter gradients are stored: float, or
+//          double where real is double
+//
+// A real turns into a wide wherever it is read in an expression, and is rounded where it is written.
+// No header is included: NVRTC needs none, and half the compile time would go into them.
 #pragma once
+
+#ifndef EMULATED
+#define FULL_WARP 0xffffffffu
+#endif
+
+typedef long long i64;
+
+// bfloat16 is the upper half of a float: stored so on every architecture, also where no instruction knows it.
+struct bf16 {
+    unsigned short bits;
+    bf16() = default;
+    __device__ bf16(float x)
+    {
+        const unsigned u = __float_as_uint(x);
+        const unsigned rounded = u + 0x7fff + ((u >> 16) & 1);  // to nearest, ties to even
+        bits = x != x ? 0x7fff : rounded >> 16;
+    }
+    __device__ operator float() const { return __uint_as_float((unsigned)bits << 16); }
+};
+
+#ifdef REAL_float16
+struct fp16 {
+    unsigned short bits;
+    fp16() = default;
+    __device__ fp16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const
+    {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+typedef fp16 real;
+typedef float wide;
+#elif defined(REAL_bfloat16)
+typedef bf16 real;
+typedef float wide;
+#elif defined(REAL_float64)
+typedef double real;
+typedef double wide;
+#else
+typedef float real;
+typedef float wide;
+#endif
+
+// --- who am I -------------------------------------------------------------------------------------
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+
+// The number of this warp in the whole grid; blocks are one-dimensional where this is used.
+__device__ inline i64 warp_number() { return (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
+
+// for (EACH(i, n)): every i < n once, shared out over the whole grid; neighbours go to neighbouring threads.
+#define EACH(i, n) \
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (i64)gridDim.x * blockDim.x
+
+// --- sums in a fixed order ------------------------------------------------------------------------
+// Every thread gets the result.  Two runs give equal bits: the tree depends on nothing but the shape.
+
+// Over groups of `width` neighbouring lanes, width a power of two.
+template <typename number>
+__device__ inline number lanes_sum(number x, int width)
+{
+    for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
+    return x;
+}
+
+template <typename number>
+__device__ inline number warp_sum(number x)
+{
+    return lanes_sum(x, 32);
+}
+
+template <typename number>
+__device__ inline number lanes_max(number x, int width)
+{
+    for (int step = width / 2; step > 0; step /= 2) {
+        const number other = __shfl_xor_sync(FULL_WARP, x, step);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// Over a one-dimensional block of whole warps.  Calls may follow each other: the first barrier keeps a
+// warp that is ahead from writing over what the last call still reads.
+template <typename number>
+__device__ inline number block_sum(number x)
+{
+    __shared__ number of_warp[32];
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane() == 0) of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    number total = 0;
+    for (int w = 0; w < blockDim.x / 32; w++) total += of_warp[w];
+    return total;
+}
+
+template <typename number>
+__device__ inline number block_max(number x)
+{
+    __shared__ number of_warp[32];
+    x = lanes_max(x, 32);
+    __syncthreads();
+    if (lane() == 0) of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    number top = of_warp[0];
+    for (int w = 1; w < blockDim.x / 32; w++) top = of_warp[w] > top ? of_warp[w] : top;
+    return top;
+}
+
+// --- numbers --------------------------------------------------------------------------------------
+
+#define INFINITE ((wide)__int_as_float(0x7f800000))
+#define NO_NUMBER ((wide)__int_as_float(0x7fc00000))
+// Where a running maximum starts: below every number we meet, and finite, as -inf - -inf is no number.
+#define LOWEST ((wide)-3e38f)
+
+// --- functions ------------------------------------------------------------------------------------
+
+// 1 / (1 + e^-x) without overflow on either side: e^-|x| never exceeds 1.
+__device__ inline wide sigmoid(wide x)
+{
+    const wide e = exp(-fabs(x));
+    return (x >= 0 ? 1 : e) / (1 + e);
+}

@@ -1,4 +1,4 @@
-"""What runs an operation: `numpy` (the readable reference) or `cpu` (its Cython twins).
+"""What runs an operation: `numpy` (the readable reference), `cpu` (its Cython twins) or `cuda` (its kernels).
 
 An operation is a function `name(be, ...)` in minisb/ops, decorated with `@op`.  The backend may
 hold a compiled twin of the same name and signature; where it has none, the reference runs.
@@ -88,6 +88,31 @@ class CpuBackend(Backend):
         blas.keep_freed_memory()
 
 
+class CudaBackend(Backend):
+    """CuPy with CUDA twins of the operations.  Where one is missing, the reference runs on CuPy's arrays.
+
+    device: what launches kernels and multiplies matrices, a gpu.Gpu (or a stand-in for it in tests).
+    select: "all", "none" or a comma-separated list of modules, as for CpuBackend.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device, select: str = "all"):
+        from minisb import gpu, launchers
+
+        super().__init__()
+        self.device, self.xp = device, device.xp
+        self.modules = sorted(set(native.chosen(select, native.MODULES)) & set(launchers.MODULES))
+        for module in self.modules:
+            self.natives.update({twin.__name__: twin for twin in launchers.MODULES[module]})
+        self.natives = gpu.named_ranges(device, self.natives)
+        self.gemm = device.gemm
+
+    def launch(self, kernel: str, like, blocks, threads, *args):
+        """Run a kernel in its version for arrays of the dtype of `like`; see gpu.Launcher.launch."""
+        self.device.launch(kernel, like.dtype.name, blocks, threads, *args)
+
+
 def default_threads() -> int:
     """The cores this process may use."""
     try:
@@ -99,17 +124,24 @@ def default_threads() -> int:
 def choose(device: str = "auto", select: str = "all", threads: int | None = None) -> tuple[Backend, str]:
     """Pick a backend.  Returns it with the reason, one clause to print.
 
-    Raises MinisbError for a device that this machine lacks or for a thread count under 1.
+    "auto" takes a GPU if one can be used.  Raises MinisbError for a device that this machine lacks or for a
+    thread count under 1.
     """
+    from minisb import gpu
+
     if threads is not None and threads < 1:
         raise MinisbError(f"--threads must be at least 1, got {threads}.")
-    if device == "cuda":
-        raise MinisbError("no GPU backend here yet: use --device cpu.")
-    if device not in ("auto", "cpu"):
+    if device not in ("auto", "cpu", "cuda"):
         raise MinisbError(f"unknown device {device!r}; choose from auto, cpu, cuda.")
+    if device == "cuda" or (device == "auto" and not gpu.why_not()):
+        be = CudaBackend(gpu.open_gpu(), select)
+        return be, f"{be.device.describe()}, kernels: {', '.join(be.modules) or 'none, plain CuPy'}"
+    # Worth a word only where somebody may wonder: a GPU is there, and something keeps us from using it.
+    reason, mend = gpu.trouble()
+    unused = f" (no GPU: {reason}; mend it with: {mend})" if device == "auto" and mend else ""
     if select == "none":
-        return Backend(threads), "NumPy only, as --native none asks"
+        return Backend(threads), f"NumPy only, as --native none asks{unused}"
     be = CpuBackend(threads, select)
     if not be.modules:
-        return Backend(threads), "NumPy only: " + native.why_missing()
-    return be, f"{be.threads} thread{'s' * (be.threads > 1)}, natives: {', '.join(be.modules)}"
+        return Backend(threads), f"NumPy only: {native.why_missing()}{unused}"
+    return be, f"{be.threads} thread{'s' * (be.threads > 1)}, natives: {', '.join(be.modules)}{unused}"

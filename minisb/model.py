@@ -91,24 +91,27 @@ class SpikingBrain:
         self.embedding, self.dembedding = self.store.rows(["embeddings.weight"])
         self.head, self.dhead = self.store.rows(["embeddings.weight" if config.tied else "lm_head.weight"])
         self.norm, self.dnorm = self.store.rows(["norm.weight"])
+        self._angles = None, []
 
     def forward(self, tokens, spike=False, tap=None):
         """One full pass: tokens (B,T) -> logits (B,T,V)."""
         h, _ = self._forward(tokens, spike, tap)
         return self._logits(h)
 
-    def loss(self, tokens, targets, spike=False, tap=None) -> float:
-        """Mean cross-entropy in nats over the counted targets (B,T); no gradients."""
-        h, _ = self._forward(tokens, spike, tap)
-        total, count = self._head_loss(h, targets)
-        return total / max(count, 1)
+    def loss(self, tokens, targets, spike=False, tap=None):
+        """Mean cross-entropy in nats over the counted targets (B,T), in float64; no gradients.
 
-    def loss_and_backward(self, tokens, targets, spike=False, scale: float = 1.0) -> float:
-        """Mean loss; scale * its gradient is added to store.g."""
+        On a GPU it is an array of no axes there: float() of it waits for the GPU.
+        """
+        h, _ = self._forward(tokens, spike, tap)
+        return self._head_loss(h, targets) / self._counted(targets)
+
+    def loss_and_backward(self, tokens, targets, spike=False, scale: float = 1.0):
+        """Mean loss, as `loss` gives it; scale * its gradient is added to store.g."""
         h, saved = self._forward(tokens, spike)
-        count = max(int((targets != IGNORE).sum()), 1)
+        count = self._counted(targets)
         dh = self.be.xp.empty_like(h)
-        total, _ = self._head_loss(h, targets, dh, scale / count)
+        total = self._head_loss(h, targets, dh, scale / count)
         self._backward(dh, tokens, saved)
         return total / count
 
@@ -129,9 +132,14 @@ class SpikingBrain:
     def _context(self, length: int, start: int, spike, tap) -> Context:
         c = self.config
         spikes = spikes_by_layer(c.spike if spike is True else tuple(spike or ()), c.layers)
-        cos, sin = rope_table(start, length, c.head_dim, c.rope_theta)
-        dtype, asarray = self.embedding.dtype, self.be.xp.asarray
-        return Context(self.be, spikes, c.spike_k, asarray(cos, dtype), asarray(sin, dtype), tap)
+        return Context(self.be, spikes, c.spike_k, *self._rotary(start, length), tap)
+
+    def _rotary(self, start: int, length: int):
+        """cos, sin (length,D/2).  The last ones are kept: training asks for the same in every step."""
+        if self._angles[0] != (start, length):
+            tables = rope_table(start, length, self.config.head_dim, self.config.rope_theta)
+            self._angles = (start, length), [self.be.xp.asarray(x, self.embedding.dtype) for x in tables]
+        return self._angles[1]
 
     def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None):
         """-> normed output of the last block (B,T,C), and what backward needs."""
@@ -159,8 +167,12 @@ class SpikingBrain:
         rows = self.be.gemm(h.reshape(-1, h.shape[-1]), self.head, tb=True)
         return rows.reshape(*h.shape[:-1], -1)
 
-    def _head_loss(self, h, targets, dh=None, dloss=None) -> tuple[float, int]:
-        """Sum of losses and count of targets; with dloss also dh, and the head's gradient added.
+    def _counted(self, targets):
+        """How many targets count, 1 if none does."""
+        return self.be.xp.maximum((targets != IGNORE).sum(), 1)
+
+    def _head_loss(self, h, targets, dh=None, dloss=None):
+        """Sum of losses; with dloss also dh, and the head's gradient added.
 
         Slices of rows, so that the largest array of the step stays small: logits, loss and both
         gradients of a slice are finished before the next begins.
@@ -172,8 +184,8 @@ class SpikingBrain:
         for start in range(0, len(h), size):
             rows = slice(start, start + size)
             logits = be.gemm(h[rows], self.head, tb=True)
-            total += float(cross_entropy(be, logits, targets[rows], dloss).sum(dtype="float64"))
+            total = total + cross_entropy(be, logits, targets[rows], dloss).sum(dtype="float64")
             if dloss is not None:
                 be.gemm(logits, self.head, out=dh.reshape(h.shape)[rows])
                 be.gemm(logits, h[rows], out=self.dhead, ta=True, accumulate=True)
-        return total, int((targets != IGNORE).sum())
+        return total

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from minisb.ops.adamw import adamw
 
 
@@ -19,19 +21,23 @@ def lr_at(step: int, peak: float, steps: int, warmup: int, floor: float) -> floa
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def clip_scale(norm: float, limit: float) -> float:
-    """What to multiply a gradient of Euclidean norm `norm` by, so that it is at most `limit`."""
-    return limit / norm if norm > limit else 1.0
+def clip_scale(norm, limit: float, xp=np):
+    """What to multiply a gradient of Euclidean norm `norm` by, so that it is at most `limit`.
+
+    Written without a branch: on a GPU the norm is an array there, and to look at it would be to wait.
+    """
+    return limit / xp.maximum(norm, limit)
 
 
-def update(be, store, step: int, lr: float, norm: float, settings):
+def update(be, store, step: int, lr: float, norm, settings):
     """One AdamW step over every parameter of `store`, from its gradients of norm `norm`.
 
     step counts from 1.  settings: clip, beta1, beta2, eps and weight_decay (a TrainSettings).
-    A norm that is not finite is the caller's to refuse: it would spread to every weight.
+    A norm that is not finite is the caller's to refuse: it would spread to every weight.  (On a GPU, where
+    the caller looks at a few steps only, such a step changes nothing.)
     """
     adamw(
         be, store.flat_p, store.flat_g, store.flat_m, store.flat_v, store.decayed,
         lr, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
-        step, clip_scale(norm, settings.clip),
+        step, clip_scale(norm, settings.clip, be.xp),
     )  # fmt: skip

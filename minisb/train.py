@@ -128,27 +128,35 @@ class Trainer:
 
     def _loop(self, steps: int, bar, interrupt: Interrupt) -> bool:
         while self.step < steps:
+            due = self.step % self.settings.checkpoint_every == 0 and self.step > self.first
             with self.clock:
                 loss, norm = self.gradients()
+                stop = interrupt.asked
+                if due or stop or self._looks():
+                    loss, norm = float(loss), float(norm)
+                    self._check_finite(loss=loss, gradient=norm)
             # Saved here and not right after the update, because by now these weights have been
             # used once: what is saved is known to give a finite loss and a finite gradient.
-            due = self.step % self.settings.checkpoint_every == 0 and self.step > self.first
-            if due or interrupt.asked:
+            if due or stop:
                 self.save()
-            if interrupt.asked:
+            if stop:
                 return False
             lr = self._learning_rate()
             with self.clock:
                 update(self.model.be, self.model.store, self.step + 1, lr, norm, self.settings)
             self.step += 1
             self._record(loss, lr, norm)
-            bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s", refresh=False)
+            if isinstance(loss, float):
+                bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s", refresh=False)
             bar.update()
         self.save()
         return True
 
-    def gradients(self) -> tuple[float, float]:
-        """Mean loss of this step's batches and the norm of its gradient, which is left in store.g."""
+    def gradients(self):
+        """Mean loss of this step's batches and the norm of its gradient, which is left in store.g.
+
+        Both may still be on a GPU that is at work on them: float() waits.
+        """
         c, s = self.model.config, self.settings
         # One large batch in slices, so that accumulating N is the same step as a batch N times larger.
         x, y = batch(self.data.train, c.batch_size * s.accumulate, c.seq_len, s.seed, self.step)
@@ -159,9 +167,7 @@ class Trainer:
             rows = slice(start, start + c.batch_size)
             part = self.model.loss_and_backward(asarray(x[rows]), asarray(y[rows]), self.spiking, 1 / s.accumulate)
             loss += part / s.accumulate
-        norm = grad_norm(self.model.be, self.model.store.flat_g)
-        self._check_finite(loss=loss, gradient=norm)
-        return loss, norm
+        return loss, grad_norm(self.model.be, self.model.store.flat_g)
 
     def save(self):
         checkpoint.save_state(self.folder, self.model.store, self.step)
@@ -173,20 +179,29 @@ class Trainer:
 
     def _record(self, loss: float, lr: float, norm: float):
         """A line of the log, if this step has one, with an evaluation if it has that."""
-        s, last = self.settings, self.step == self.model.config.steps
-        evaluated = last or self.step % s.eval_every == 0
-        if not (evaluated or self.step == 1 or self.step % s.log_every == 0):
+        if not self._logged(self.step):
             return
         (step, seconds), self.logged = self.logged, (self.step, self.clock.seconds)
         rate = (self.step - step) * self.tokens_per_step / (self.clock.seconds - seconds)
         record = {"step": self.step, "tokens": self.step * self.tokens_per_step, "loss": loss, "lr": lr}
         record |= {"grad_norm": norm, "tok_per_s": round(rate, 1)}
-        if evaluated:
+        if self._evaluated(self.step):
             found = evaluate(self.model, whole_windows(self.data.val, self.model.config, GLANCE_TOKENS))
             self._check_finite(validation_loss=found["val_loss"])
             record |= found
             tqdm.write(_progress(record))
         checkpoint.append_log(self.folder, record)
+
+    def _evaluated(self, step: int) -> bool:
+        return step == self.model.config.steps or step % self.settings.eval_every == 0
+
+    def _logged(self, step: int) -> bool:
+        return self._evaluated(step) or step == 1 or step % self.settings.log_every == 0
+
+    def _looks(self) -> bool:
+        """Whether this step's loss and norm are read at once: on a CPU always; on a GPU, which would have to
+        be waited for, only where they go into the log.  (What is not finite changes no weight there.)"""
+        return self.model.be.name != "cuda" or self._logged(self.step + 1)
 
     def _check_finite(self, **values: float):
         for name, value in values.items():
@@ -271,19 +286,20 @@ def evaluate(model: SpikingBrain, tokens) -> dict:
             x, y = model.be.xp.asarray(x), model.be.xp.asarray(y)
             total += y.size * model.loss(x, y, spike, tap if spike and i == 0 else None)
             read += y.size
-        losses[name] = total / read
+        losses[name] = float(total / read)
     shares, sizes = np.array(slots).reshape(-1, 2).T
     sparsity = float(np.average(shares, weights=sizes)) if slots else None
     return {**losses, "sparsity": sparsity}
 
 
-def check_memory(config: Config):
-    """Raises MinisbError if weights, gradients and moments alone are more than this machine has."""
-    need, have = 16 * count(specs(config)), memory()
+def check_memory(config: Config, be=None):
+    """Raises MinisbError if weights, gradients and moments alone are more than this machine (or GPU) has."""
+    on_gpu = be is not None and be.name == "cuda"
+    need, have = 16 * count(specs(config)), be.device.memory()["total"] if on_gpu else memory()
     if have is not None and need > have:
         raise MinisbError(
-            f"out of memory: training {config.preset} takes {need / 1e9:.1f} GB for weights, gradients and "
-            f"optimiser state alone, and this machine has {have / 1e9:.1f} GB; choose a smaller preset."
+            f"out of memory: training {config.preset} takes {need / 1e9:.1f} GB for weights, gradients and optimiser "
+            f"state alone, and this {'GPU' if on_gpu else 'machine'} has {have / 1e9:.1f} GB; choose a smaller preset."
         )
 
 

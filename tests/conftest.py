@@ -46,6 +46,20 @@ def be(request):
     return backend_of(request.param)
 
 
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda(request):
+    """A CudaBackend, on a GPU or on the emulator."""
+    import emulator
+
+    if request.param == "cuda":
+        from minisb.gpu import open_gpu
+
+        return backend.CudaBackend(open_gpu())
+    if emulator.COMPILER is None:
+        pytest.skip(emulator.NO_COMPILER)
+    return emulator.backend()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not has_gpu():
         pytest.skip(NO_GPU)

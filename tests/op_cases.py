@@ -88,16 +88,16 @@ def relu_heads(H, G, D):
 
 
 def rotary(H, G, D):
-    def table(x):
-        return (a.astype(x.dtype) for a in rope.rope_table(5, x.shape[1], D, 100.0))
+    def table(be, x):
+        return (be.xp.asarray(a, x.dtype) for a in rope.rope_table(5, x.shape[1], D, 100.0))
 
     def forward(be, x):
-        q, k, v = rope.rope_forward(be, x["qkv"], *table(x["qkv"]), H, G, D)
+        q, k, v = rope.rope_forward(be, x["qkv"], *table(be, x["qkv"]), H, G, D)
         return {"q": q, "k": k, "v": v}, None
 
     def backward(be, d, saved, x, grads):
         dqkv = np.full_like(x["qkv"], 7)
-        rope.rope_backward(be, d["q"], d["k"], d["v"], *table(x["qkv"]), dqkv)
+        rope.rope_backward(be, d["q"], d["k"], d["v"], *table(be, x["qkv"]), dqkv)
         return columns(dqkv, (H + 2 * G) * D)
 
     def inputs(rng, T):
@@ -148,15 +148,15 @@ def project(n_in, n_out, biased):
 
 
 def embed(V, C):
-    def tokens(x):
+    def tokens(be, x):
         T = int(x["T"][0])
-        return np.random.default_rng(0).integers(0, V, (2, T))
+        return be.xp.asarray(np.random.default_rng(0).integers(0, V, (2, T)))
 
     def forward(be, x):
-        return {"x": embedding.embedding_forward(be, tokens(x), x["table"])}, None
+        return {"x": embedding.embedding_forward(be, tokens(be, x), x["table"])}, None
 
     def backward(be, d, saved, x, grads):
-        embedding.embedding_backward(be, d["x"], tokens(x), grads["table"])
+        embedding.embedding_backward(be, d["x"], tokens(be, x), grads["table"])
         return {}
 
     def inputs(rng, T):
@@ -168,17 +168,17 @@ def embed(V, C):
 
 
 def loss(V):
-    def targets(x):
+    def targets(be, x):
         chosen = np.random.default_rng(0).integers(0, V, len(x["logits"]))
         chosen[1::3] = cross_entropy.IGNORE
-        return chosen
+        return be.xp.asarray(chosen)
 
     def forward(be, x):
-        return {"losses": cross_entropy.cross_entropy(be, x["logits"], targets(x))}, None
+        return {"losses": cross_entropy.cross_entropy(be, x["logits"], targets(be, x))}, None
 
     def backward(be, d, saved, x, grads):
         dlogits = x["logits"].copy()
-        cross_entropy.cross_entropy(be, dlogits, targets(x), d["losses"])
+        cross_entropy.cross_entropy(be, dlogits, targets(be, x), d["losses"])
         return {"logits": dlogits}
 
     def inputs(rng, T):

@@ -5,7 +5,7 @@ from minisb.backend import op
 
 @op
 def grad_norm(be, g):
-    """The Euclidean norm of a flat gradient, as a Python float summed in float64."""
+    """The Euclidean norm of a flat gradient, summed in float64: a Python float, or on a GPU an array there."""
     return float(be.xp.sqrt((g.astype(be.xp.float64) ** 2).sum()))
 
 
@@ -17,7 +17,7 @@ def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_
         p = p - lr * weight_decay * p  (only p[:decayed])
         p = p - lr * m' / (sqrt(v') + eps),   m', v' corrected by 1 - beta^step
     """
-    g = g * p.dtype.type(g_scale)
+    g = g * be.xp.asarray(g_scale, p.dtype)
     m += (1 - beta1) * (g - m)
     v += (1 - beta2) * (g * g - v)
     p[:decayed] *= 1 - lr * weight_decay

@@ -1,0 +1,36 @@
+// From one fused projection to q, k and v of linear attention: split, and relu on q and k (ops/heads.py).
+//
+// qkv (rows,N) has columns q | k | v | others, N >= (H+2G) D.  Grid: a thread an element.
+// Bytes: each of the (H+2G) D columns once in, once out; backward also reads q and k.
+
+extern "C" __global__ void relu_heads_forward(
+    const real* qkv, real* q, real* k, real* v, i64 rows, int N, int q_columns, int kv_columns)
+{
+    const int used = q_columns + 2 * kv_columns;
+    for (EACH(i, rows * used)) {
+        const i64 row = i / used;
+        const int j = i % used;
+        const wide x = qkv[row * N + j], positive = x < 0 ? 0 : x;  // NaN stays NaN
+        if (j < q_columns) q[row * q_columns + j] = positive;
+        else if (j < q_columns + kv_columns) k[row * kv_columns + j - q_columns] = positive;
+        else v[row * kv_columns + j - q_columns - kv_columns] = x;
+    }
+}
+
+// q and k are what forward gave: relu passes a gradient where its result is above 0.
+extern "C" __global__ void relu_heads_backward(
+    const real* dq, const real* dk, const real* dv, const real* q, const real* k, real* dqkv, i64 rows, int N,
+    int q_columns, int kv_columns)
+{
+    const int used = q_columns + 2 * kv_columns;
+    for (EACH(i, rows * used)) {
+        const i64 row = i / used;
+        const int j = i % used;
+        const i64 at_q = row * q_columns + j, at_k = row * kv_columns + j - q_columns;
+        wide d;
+        if (j < q_columns) d = (wide)dq[at_q] * ((wide)q[at_q] > 0);
+        else if (j < q_columns + kv_columns) d = (wide)dk[at_k] * ((wide)k[at_k] > 0);
+        else d = dv[at_k - kv_columns];
+        dqkv[row * N + j] = d;
+    }
+}

@@ -1,0 +1,34 @@
+// Sums over rows that several operations share, in a fixed order and without atomics.
+//
+// A large sum is cut into slices, as many as the shape says; each slice is summed by one block and the
+// slices are then added one after the other.  Bytes: the input once; the partial sums are small.
+
+// partial (slices,J): sums over each slice's rows of the first J columns of x (rows, ...), a row every
+// `stride` elements.  Grid: 32 columns and one slice a block.
+extern "C" __global__ void column_sums(
+    const real* x, wide* partial, int rows, int J, i64 stride, int rows_a_slice)
+{
+    __shared__ wide sums[8][32];
+    const int j = blockIdx.x * 32 + threadIdx.x;
+    const i64 first = (i64)blockIdx.y * rows_a_slice;
+    const i64 end = first + rows_a_slice < rows ? first + rows_a_slice : rows;
+    wide sum = 0;
+    if (j < J)
+        for (i64 row = first + threadIdx.y; row < end; row += 8) sum += (wide)x[row * stride + j];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && j < J) {
+        for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
+        partial[(i64)blockIdx.y * J + j] = sum;
+    }
+}
+
+// total[j] += the sum of partial[:, j].  Grid: a thread a column.
+extern "C" __global__ void add_slices(const wide* partial, wide* total, int slices, int J)
+{
+    for (EACH(j, J)) {
+        wide sum = 0;
+        for (int s = 0; s < slices; s++) sum += partial[(i64)s * J + j];
+        total[j] += sum;
+    }
+}

@@ -1,0 +1,260 @@
+"""CUDA kernels from source to machine code: where they lie, what they take, NVRTC, the cache of cubins.
+
+Nothing here needs a GPU.  `python -m minisb.kernels` compiles every kernel for every element type and
+architecture, and says what each takes in registers: a check that runs anywhere (extra `cuda-check`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisb.cache import atomic_write, cache_folder
+from minisb.errors import MinisbError
+
+#: How activations may be stored, by NumPy's name; gradient checks need float64.
+ELEMENTS = ("float32", "float64", "bfloat16", "float16")
+#: What CI compiles for: from the T4 of a free notebook (75) to Hopper, whose own instructions need the `a`.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
+COMMON = "common.cuh"
+OPTIONS = ("--std=c++17", "-lineinfo")
+JOBS = 8  # files compiled at once, at most
+
+
+# --- sources
+
+
+def source_folder() -> Path:
+    """The folder of the .cu files: $MINISB_CUDA_DIR, the installed package's, or the checkout's.
+
+    A folder counts only if it holds common.cuh.  Raises MinisbError if none does.
+    """
+    package = Path(__file__).parent
+    asked = os.environ.get("MINISB_CUDA_DIR")
+    for folder in (Path(asked),) if asked else (package / "cuda", package.parent / "cuda"):
+        if (folder / COMMON).exists():
+            return folder
+    where = f"$MINISB_CUDA_DIR, {asked}," if asked else "this installation"
+    raise MinisbError(f"{where} has no {COMMON}, so there are no CUDA kernels: reinstall minisb from its checkout.")
+
+
+@functools.cache
+def files() -> dict[str, Path]:
+    """File stem -> path of every kernel file."""
+    return {path.stem: path for path in sorted(source_folder().glob("*.cu"))}
+
+
+@functools.cache
+def assembled(stem: str) -> str:
+    """common.cuh and the file as one text.  #line makes the compiler's errors name the reader's files.
+
+    Prepended and not included, because a cache must see every change of it.
+    """
+    path = files()[stem]
+    parts = (path.with_name(COMMON), path)
+    return "".join(f'#line 1 "cuda/{part.name}"\n{part.read_text("utf-8")}\n' for part in parts)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel: its element type as written (real, wide, int, ...), and whether it is an array."""
+
+    name: str
+    type: str
+    array: bool
+
+
+@functools.cache
+def signatures() -> dict[str, tuple[str, tuple[Parameter, ...]]]:
+    """Kernel name -> file stem and parameters, as the sources declare them."""
+    found = {}
+    for stem, path in files().items():
+        text = re.sub(r"//.*", "", path.read_text("utf-8"))
+        for name, inside in re.findall(r'extern "C" __global__ void\s+(\w+)\s*\(([^)]*)\)', text):
+            found[name] = stem, tuple(_parameter(part) for part in inside.split(","))
+    return found
+
+
+def _parameter(text: str) -> Parameter:
+    declared, star, name = re.fullmatch(r"\s*(?:const )?(\w+)\s*(\*?)\s*(\w+)\s*", text).groups()
+    return Parameter(name, declared, bool(star))
+
+
+# --- the compiler, through either of two packages
+
+
+class CupyNvrtc:
+    """NVRTC as CuPy found it: what a machine with a GPU uses."""
+
+    def __init__(self):
+        from cupy.cuda import nvrtc
+
+        self.nvrtc, self.version = nvrtc, tuple(nvrtc.getVersion())
+
+    def architectures(self) -> list[int]:
+        return list(self.nvrtc.getSupportedArchs())
+
+    def compile(self, source: str, name: str, options) -> tuple[bytes, str]:
+        program = self.nvrtc.createProgram(source, name, (), ())
+        try:
+            self.nvrtc.compileProgram(program, tuple(options))
+            return self.nvrtc.getCUBIN(program), self.nvrtc.getProgramLog(program)
+        except self.nvrtc.NVRTCError as error:
+            raise CompileError(self.nvrtc.getProgramLog(program)) from error
+        finally:
+            self.nvrtc.destroyProgram(program)
+
+
+class BindingsNvrtc:
+    """NVRTC through NVIDIA's own `cuda-bindings`: works without a driver."""
+
+    def __init__(self):
+        from cuda.bindings import nvrtc
+
+        self.nvrtc = nvrtc
+        self.version = self._checked(nvrtc.nvrtcVersion())
+
+    def architectures(self) -> list[int]:
+        return list(self._checked(self.nvrtc.nvrtcGetSupportedArchs())[0])
+
+    def compile(self, source: str, name: str, options) -> tuple[bytes, str]:
+        nvrtc = self.nvrtc
+        (program,) = self._checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+        try:
+            (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+            log = bytes(self._checked(nvrtc.nvrtcGetProgramLogSize(program))[0])
+            self._checked(nvrtc.nvrtcGetProgramLog(program, log))
+            log = log.rstrip(b"\0 ").decode("utf-8", "replace")
+            if failed:
+                raise CompileError(log)
+            cubin = bytes(self._checked(nvrtc.nvrtcGetCUBINSize(program))[0])
+            self._checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+            return cubin, log
+        finally:
+            nvrtc.nvrtcDestroyProgram(program)
+
+    def _checked(self, answer):
+        if answer[0]:
+            raise MinisbError(f"NVRTC failed: {answer[0].name}.")
+        return answer[1:]
+
+
+class CompileError(MinisbError):
+    """What the compiler said."""
+
+
+# --- cubins
+
+
+def architecture(capability: str, supported: list[int]) -> str:
+    """The target for a GPU of compute capability "90", "86", ...: its own, or the nearest older one of
+    its generation, whose machine code it runs too.  Raises MinisbError if the compiler knows none."""
+    number = int(capability)
+    if number not in supported:
+        older = [s for s in supported if s // 10 == number // 10 and s < number]
+        if not older:
+            raise MinisbError(
+                f"this GPU has compute capability {number / 10:.1f}, which the installed CUDA compiler does not "
+                "know: `python -m minisb doctor` says which CuPy fits."
+            )
+        number = max(older)
+    return "sm_90a" if number == 90 else f"sm_{number}"
+
+
+def cubin(compiler, stem: str, element: str, target: str) -> Path:
+    """The compiled file, from the cache or compiled now and put there whole.
+
+    Its name depends on everything that went into it: text, options, compiler, architecture.
+    """
+    options = (*OPTIONS, f"--gpu-architecture={target}", f"-DREAL_{element}")
+    version = ".".join(map(str, compiler.version))
+    text = assembled(stem)
+    key = hashlib.sha256("\0".join((text, *options, version)).encode()).hexdigest()[:20]
+    path = cache_folder() / "cubins" / f"{stem}-{element}-{target}-{key}.cubin"
+    if not path.exists():
+        code, _ = compiler.compile(text, f"cuda/{stem}.cu", options)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(code)
+    return path
+
+
+def compile_files(compiler, stems, element: str, target: str) -> dict[str, Path]:
+    """Several files at once, each in a thread: NVRTC does not hold Python's lock."""
+    with ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1)) as pool:
+        return dict(zip(stems, pool.map(lambda stem: cubin(compiler, stem, element, target), stems), strict=True))
+
+
+# --- the check without a GPU
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one kernel takes, as the assembler reports it."""
+
+    kernel: str
+    registers: int
+    stack: int  # bytes of local memory a thread: arrays indexed at run time, or spills
+    spilled: int  # bytes
+
+
+def uses(log: str) -> list[Use]:
+    pattern = r"properties for (\w+)\s[^\n]*?(\d+) bytes stack frame, (\d+) bytes spill[^\n]*\n[^\n]*Used (\d+) reg"
+    return [Use(kernel, int(n), int(stack), int(spilled)) for kernel, stack, spilled, n in re.findall(pattern, log)]
+
+
+def check(targets=ARCHITECTURES, elements=ELEMENTS, stems=None, jobs: int = 2):
+    """Compile everything, `jobs` at a time.  Yields (target, element, stem, uses); raises CompileError."""
+    compiler = BindingsNvrtc()
+
+    def one(task):
+        target, element, stem = task
+        options = (*OPTIONS, "--ptxas-options=-v", f"--gpu-architecture={target}", f"-DREAL_{element}")
+        try:
+            return *task, uses(compiler.compile(assembled(stem), f"cuda/{stem}.cu", options)[1])
+        except CompileError as error:
+            raise CompileError(f"{stem}.cu, {element}, {target}: {error}") from error
+
+    tasks = [(target, element, stem) for target in targets for element in elements for stem in stems or files()]
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, tasks)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minisb.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, metavar="sm_XX")
+    parser.add_argument("--dtype", nargs="+", default=ELEMENTS, choices=ELEMENTS)
+    parser.add_argument("--file", nargs="+", choices=list(files()), help="kernel files (default: all)")
+    parser.add_argument("--verbose", action="store_true", help="registers and local memory of every kernel")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        print('error: the compiler is not installed: pip install "minisb[cuda-check]"', file=sys.stderr)
+        return 2
+    began, compiled, heavy = time.perf_counter(), 0, set()
+    try:
+        for target, element, stem, found in check(args.arch, args.dtype, args.file):
+            compiled += 1
+            for use in found:
+                taken = f"{use.registers:>5} registers{use.stack:>6} bytes of stack{use.spilled:>6} spilled"
+                if use.spilled:
+                    heavy.add(use.kernel)
+                if args.verbose or use.spilled:
+                    print(f"{target:<8}{element:<10}{stem:<15}{use.kernel:<24}{taken}")
+    except CompileError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{compiled} files compiled ({len(signatures())} kernels; {', '.join(args.arch)}; {', '.join(args.dtype)}) "
+          f"in {time.perf_counter() - began:.0f} s; spilling: {', '.join(sorted(heavy)) or 'none'}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The CUDA kernels run on the CPU: compiled as C++ against emulator.h, launched like on a GPU.
+
+Slow and faithful in logic only.  What needs a real GPU (races between warps, alignment, cuBLAS, speed) is
+tested there, under the marker gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from minisb import kernels
+from minisb.backend import Backend, CudaBackend
+from minisb.cache import atomic_write, cache_folder
+from minisb.gpu import Launcher
+
+HEADER = Path(__file__).with_name("emulator.h")
+COMPILER = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+FLAGS = ("-x", "c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing")
+NO_COMPILER = "no C++ compiler"
+
+
+class Emulated(Launcher):
+    """A gpu.Gpu in which arrays are NumPy's and every thread is a fiber."""
+
+    xp = np
+
+    def load(self, stem: str, element: str) -> dict:
+        library = ctypes.CDLL(str(_compiled(stem, element)))
+        return {
+            name: functools.partial(_run, getattr(library, f"run_{name}"))
+            for name, (where, _) in kernels.signatures().items()
+            if where == stem
+        }
+
+    def pointer(self, array):
+        assert array is None or isinstance(array, np.ndarray)
+        return ctypes.c_void_p(None if array is None else array.ctypes.data)
+
+    def gemm(self, *args, **kwargs):
+        return Backend.gemm(self, *args, **kwargs)
+
+
+def backend() -> CudaBackend:
+    return CudaBackend(Emulated())
+
+
+def there(be, arrays):
+    """Host arrays in a dict, a list or alone -> the backend's own, always copies."""
+    if isinstance(arrays, dict):
+        return {name: there(be, a) for name, a in arrays.items()}
+    if isinstance(arrays, (list, tuple)):
+        return [there(be, a) for a in arrays]
+    return be.xp.array(arrays)
+
+
+def here(x):
+    """As NumPy arrays."""
+    if isinstance(x, dict):
+        return {name: here(a) for name, a in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [here(a) for a in x]
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def _run(function, blocks, threads, args):
+    boxed = [arg if isinstance(arg, ctypes.c_void_p) else np.ctypeslib.as_ctypes(np.array(arg)) for arg in args]
+    addresses = (ctypes.c_void_p * len(boxed))(*(ctypes.addressof(box) for box in boxed))
+    function(addresses, *blocks, *threads)
+
+
+def _compiled(stem: str, element: str) -> Path:
+    """One file as a shared library, in the cache under everything it depends on."""
+    text = f'#include "{HEADER}"\n{kernels.assembled(stem)}\n#line 1 "wrappers"\n'
+    text += "\n".join(_wrapper(name, p) for name, (where, p) in kernels.signatures().items() if where == stem)
+    key = hashlib.sha256(f"{text}{HEADER.read_text()}{element}{FLAGS}".encode()).hexdigest()[:20]
+    path = cache_folder() / "emulator" / f"{stem}-{element}-{key}.so"
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            command = [COMPILER, *FLAGS, f"-DREAL_{element}", "-o", temporary, "-"]
+            done = subprocess.run(command, input=text, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
+    return path
+
+
+def _wrapper(name: str, parameters) -> str:
+    """A function that takes its arguments as CUDA's own launch does: an array of their addresses."""
+    values = ", ".join(f"*({p.type}{'*' * p.array}*)a[{i}]" for i, p in enumerate(parameters))
+    sizes = "unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz"
+    return (
+        f'extern "C" void run_{name}(void** a, {sizes}) {{\n'
+        f"    emulator::launch([](void** a) {{ {name}({values}); }}, a, {{gx, gy, gz}}, {{bx, by, bz}});\n}}"
+    )

@@ -1,0 +1,307 @@
+"""The CUDA kernels against the reference: on a GPU, and on the CPU in emulation (tests/emulator.py).
+
+In emulation the logic of every kernel is tested on every machine.  On a GPU the same tests see real
+warps, real memory and cuBLAS.
+"""
+
+import numpy as np
+import pytest
+from conftest import backends
+from emulator import here, there
+from op_cases import CASES, attend, linear_attend
+
+from minisb import gradcheck
+from minisb.backend import CudaBackend
+from minisb.gradcheck import relative_rms
+from minisb.ops.adamw import adamw, grad_norm
+from minisb.ops.attention import attention_forward, attention_step
+from minisb.ops.cross_entropy import IGNORE, cross_entropy
+from minisb.ops.embedding import embedding_backward, embedding_forward
+from minisb.ops.gla import gla_backward, gla_forward, gla_step
+from minisb.ops.linear import linear_backward, linear_forward
+from minisb.ops.rope import rope_forward, rope_table
+from minisb.ops.spike import VTH_MAX, VTH_MIN, spike_count, spike_forward
+from minisb.optim import clip_scale
+
+#: Shapes that fill several lanes, warps and slices; small ones are in CASES.
+LARGE = [
+    linear_attend(2, 1, 40), linear_attend(3, 1, 64), linear_attend(1, 1, 130), linear_attend(1, 1, 256),
+    attend(2, 1, 40, 20), attend(3, 1, 64, 100), attend(2, 2, 130, 33, past=70), attend(1, 1, 256, 1000),
+]  # fmt: skip
+EVERY = CASES + LARGE
+
+every_case = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+
+
+def slow_here(cuda, case, T: int) -> bool:
+    """The emulator takes seconds where a GPU takes microseconds: it does large heads on a short text only."""
+    return cuda.xp is np and case in LARGE and T > 9
+
+
+@pytest.fixture
+def plain(cuda):
+    """The reference, on arrays of the same kind."""
+    return CudaBackend(cuda.device, "none")
+
+
+def make(case, T, dtype):
+    """Inputs, a random gradient for each output, and parameter gradients that already hold something."""
+    rng = np.random.default_rng([0, T])
+    x = {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in case.inputs(rng, T).items()}
+    outputs, _ = case.forward(backends()["numpy"], x)
+    upstream = {name: rng.standard_normal(a.shape).astype(dtype) for name, a in outputs.items()}
+    return x, upstream, {name: rng.standard_normal(x[name].shape).astype(dtype) for name in case.params}
+
+
+def run(case, forward_be, backward_be, x, upstream, grads):
+    """Outputs and gradients on the host; inputs are taken to the backend and stay as they are."""
+    x, upstream, grads = (there(forward_be, d) for d in (x, upstream, grads))
+    outputs, saved = case.forward(forward_be, x)
+    found = case.backward(backward_be, upstream, saved, x, grads)
+    return here(outputs), here({**found, **grads})
+
+
+def doubled(*dicts):
+    return [{k: a.astype(np.float64) if a.dtype.kind == "f" else a for k, a in d.items()} for d in dicts]
+
+
+def assert_close(results, expected, limit, dtype):
+    for got, want in zip(results, expected, strict=True):
+        assert got.keys() == want.keys()
+        for key in want:
+            assert got[key].dtype == dtype and got[key].shape == want[key].shape, key
+            size = max(np.linalg.norm(want[key]), 0.1 * want[key].size ** 0.5)
+            assert np.linalg.norm(got[key] - want[key]) < limit * size, key
+
+
+@every_case
+@pytest.mark.parametrize("T", [1, 9, 63, 65])
+@pytest.mark.parametrize("dtype, limit", [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["float32", "float64"])
+def test_kernels_equal_the_reference(case, T, dtype, limit, cuda):
+    """float32 is measured against the reference in float64, from the same rounded inputs."""
+    if slow_here(cuda, case, T):
+        return
+    x, upstream, grads = make(case, T, dtype)
+    expected = run(case, *2 * [backends()["numpy"]], *doubled(x, upstream, grads))
+    assert_close(run(case, cuda, cuda, x, upstream, grads), expected, limit, dtype)
+
+
+@every_case
+@pytest.mark.parametrize("forward_by_kernels", [True, False], ids=["kernels-reference", "reference-kernels"])
+def test_what_is_saved_belongs_to_the_operation(case, forward_by_kernels, cuda, plain):
+    if slow_here(cuda, case, 65):
+        return
+    x, upstream, grads = make(case, 65, np.float64)
+    pair = (cuda, plain) if forward_by_kernels else (plain, cuda)
+    expected = run(case, *2 * [backends()["numpy"]], x, upstream, grads)
+    assert_close(run(case, *pair, x, upstream, grads), expected, 1e-12, np.float64)
+
+
+@every_case
+@pytest.mark.parametrize("T", [1, 65])
+def test_gradient_along_a_random_direction(case, T, cuda):
+    if slow_here(cuda, case, T):
+        return
+    x, upstream, before = make(case, T, np.float64)
+    _, after = run(case, cuda, cuda, x, upstream, before)
+    grads = {name: g - before.get(name, 0) for name, g in after.items()}
+
+    def loss():
+        outputs = here(case.forward(cuda, there(cuda, x))[0])
+        return sum(float((u * outputs[name]).sum()) for name, u in upstream.items())
+
+    assert gradcheck.directional(loss, {name: x[name] for name in grads}, grads) < gradcheck.LIMIT
+
+
+@every_case
+def test_all_memory_is_written_and_bits_repeat(case, cuda, monkeypatch):
+    """Fresh memory holds NaN: what is not written shows.  And a second run gives the first one's bits."""
+    if slow_here(cuda, case, 65):
+        return
+    x, upstream, grads = make(case, 65, np.float32)
+    clean = run(case, cuda, cuda, x, upstream, grads)
+    for function in (cuda.xp.empty, cuda.xp.empty_like):
+
+        def poisoned(*args, function=function, **kwargs):
+            made = function(*args, **kwargs)
+            made.fill(np.nan if made.dtype.kind == "f" else 0)
+            return made
+
+        monkeypatch.setattr(cuda.xp, function.__name__, poisoned)
+    for got, want in zip(run(case, cuda, cuda, x, upstream, grads), clean, strict=True):
+        for key in want:
+            assert got[key].tobytes() == want[key].tobytes(), key
+
+
+def test_every_operation_has_a_kernel(cuda):
+    used = {name for case in EVERY for name in case.natives} - {"linear"}
+    assert used <= set(cuda.natives)
+    assert {"linear_forward", "spike_forward", "adamw", "grad_norm", "gla_step"} <= set(cuda.natives)
+
+
+# --- what is particular to each -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_spikes(cuda, dtype):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((2, 65, 33)) * 10 ** rng.uniform(-1, 1, (2, 65, 1))).astype(dtype)
+    x[0, 0], x[0, 1], x[0, 2] = 0, 1e-9, 1e9
+    x_hat, vth = (here(a) for a in spike_forward(cuda, there(cuda, x), 2.5))
+    exact = np.clip(np.abs(x.astype(np.float64)).mean(-1, keepdims=True) / 2.5, VTH_MIN, VTH_MAX)
+    np.testing.assert_allclose(vth, exact, rtol=1e-6)
+    ratio = x / exact
+    tie = np.abs(np.abs(ratio) % 1 - 0.5) < 1e-4
+    small = np.abs(ratio) < 1e4
+    count = spike_count(backends()["numpy"], x_hat, vth)
+    assert np.array_equal(count[~tie & small], np.rint(ratio)[~tie & small]) and (tie & small).mean() < 0.01
+    halves = np.array([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, 3.5]], dtype)  # mean |x| is 2: ties go to even
+    np.testing.assert_array_equal(here(spike_forward(cuda, there(cuda, halves), 2)[0])[0], [0, 2, 2, 0, -2, -2, 4, 4])
+    x[1, 7, 5] = np.nan
+    x_hat, vth = (here(a) for a in spike_forward(cuda, there(cuda, x), 2.5))
+    assert np.isnan(vth).sum() == 1 and np.isnan(x_hat[1, 7]).all() and np.isnan(x_hat).sum() == 33
+
+
+@pytest.mark.parametrize("N, V", [(1, 11), (20, 4099), (3, 1)])
+def test_loss_of_large_masked_and_strided_logits(cuda, N, V):
+    rng = np.random.default_rng(0)
+    wide = (5 * rng.standard_normal((N, V + 9)) + 300).astype(np.float32)
+    wide[:, 4 : 4 + V // 3] = -np.inf
+    targets = rng.integers(V // 3, V, N)
+    targets[2::3] = IGNORE
+    dloss, z = rng.standard_normal(N).astype(np.float32), wide[:, 4 : 4 + V].astype(np.float64)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    counted = targets != IGNORE
+    losses = np.where(counted, -np.log(p[np.arange(N), targets]), 0)
+    p[np.arange(N), targets] -= 1
+
+    on_device = there(cuda, wide)
+    logits = on_device[:, 4 : 4 + V]
+    np.testing.assert_allclose(here(cross_entropy(cuda, logits, targets)), losses, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(here(on_device), wide)
+    for factor in (dloss, 0.25, cuda.xp.asarray(0.25)):
+        on_device = there(cuda, wide)
+        logits = on_device[:, 4 : 4 + V]
+        factor = there(cuda, factor) if factor is dloss else factor
+        np.testing.assert_allclose(here(cross_entropy(cuda, logits, targets, factor)), losses, rtol=1e-5, atol=1e-5)
+        want = p * (counted * here(factor))[:, None]
+        np.testing.assert_allclose(here(logits), want, rtol=1e-4, atol=1e-6)
+        assert np.array_equal(here(on_device)[:, :4], wide[:, :4])
+        assert np.array_equal(here(on_device)[:, 4 + V :], wide[:, 4 + V :])
+
+
+def test_what_lies_outside_the_vocabulary_shows_as_nan(cuda):
+    losses = cross_entropy(cuda, cuda.xp.zeros((3, 5)), np.array([0, 5, IGNORE]))
+    assert np.isnan(here(losses)).tolist() == [False, True, False]
+    x = embedding_forward(cuda, np.array([[0, 5]]), cuda.xp.zeros((5, 3)))
+    assert np.isnan(here(x)).all(-1).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("C, N", [(7, 600), (300, 70)])
+def test_a_token_seen_often_gets_every_contribution_in_order(cuda, C, N):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 5, (2, N)).astype(np.int32)
+    tokens[0, : N // 2] = 2
+    dx, before = rng.standard_normal((2, N, C)).astype(np.float32), rng.standard_normal((6, C)).astype(np.float32)
+    want, found = before.copy(), there(cuda, before)
+    for token, row in zip(tokens.ravel(), dx.reshape(-1, C), strict=True):
+        want[token] += row
+    embedding_backward(cuda, there(cuda, dx), there(cuda, tokens), found)
+    assert np.array_equal(here(found), want)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size, decayed", [(1, 0), (7, 7), (20_000, 9_001)])
+def test_adamw_and_the_norm(cuda, dtype, size, decayed):
+    rng = np.random.default_rng(0)
+    host = [rng.standard_normal(size).astype(dtype) for _ in range(3)] + [rng.random(size).astype(dtype)]
+    p, g, m, v = there(cuda, host)
+    norm = grad_norm(cuda, g)
+    assert norm.shape == () and float(norm) == pytest.approx(np.linalg.norm(host[1].astype(np.float64)), rel=1e-12)
+    scale = clip_scale(norm, 0.5, cuda.xp)
+    numbers = decayed, 0.01, 0.9, 0.95, 1e-8, 0.1, 3
+    adamw(cuda, p, g, m, v, *numbers, scale)
+    P, G, M, V = (x.astype(np.float64) for x in host)
+    adamw.reference(backends()["numpy"], P, G, M, V, *numbers, clip_scale(float(norm), 0.5))
+    for got, exact in ((p, P), (m, M), (v, V)):
+        assert relative_rms(here(got), exact) < (1e-6 if dtype == np.float32 else 1e-13)
+    before = here([p, m, v])
+    g[size // 2] = np.inf if size > 1 else np.nan
+    norm = grad_norm(cuda, g)
+    assert not np.isfinite(float(norm))
+    adamw(cuda, p, g, m, v, *numbers, clip_scale(norm, 0.5, cuda.xp))  # a step that must change nothing
+    assert all(np.array_equal(a, b) for a, b in zip(here([p, m, v]), before, strict=True))
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 200])
+def test_one_decoding_step_of_attention(cuda, window):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, h, 6)) for n, h in ((1, 6), (131, 2), (131, 2)))
+    want = attention_forward(backends()["numpy"], q, k, v, window)[0]
+    count = min(window, 131)
+    order = rng.permutation(count)
+    cache = [np.full((2, count + 4, 2, 6), np.nan) for _ in range(2)]  # what lies beyond `count` must not matter
+    for kept, x in zip(cache, (k, v), strict=True):
+        kept[:, :count] = x[:, -count:][:, order]
+    got = attention_step(cuda, there(cuda, q), *there(cuda, cache), count)
+    assert relative_rms(here(got), want) < 1e-12
+
+
+@pytest.mark.parametrize("H, G, D", [(6, 2, 6), (2, 1, 40)])
+def test_linear_attention_step_by_step(cuda, H, G, D):
+    case = linear_attend(H, G, D)
+    x = case.inputs(np.random.default_rng(0), 5)
+    want = case.forward(backends()["numpy"], x)[0]
+    q, k, v, log_g, state = there(cuda, list(x.values()))
+    outputs = [gla_step(cuda, *(a[:, t : t + 1] for a in (q, k, v, log_g)), state) for t in range(5)]
+    assert relative_rms(np.concatenate(here(outputs), axis=1), want["o"]) < 1e-12
+    assert relative_rms(here(state), want["final"]) < 1e-12
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+def test_linear_attention_in_chunks_of_any_size_and_with_strong_gates(cuda, chunk):
+    rng = np.random.default_rng(0)
+    case = linear_attend(6, 2, 6)
+    x = case.inputs(rng, 65)
+    x["log_g"] = np.where(rng.random(x["log_g"].shape) < 0.5, -20.0, 0.0)
+    do, dstate = rng.standard_normal(x["q"].shape), rng.standard_normal(x["state"].shape)
+    results = []
+    for be in (backends()["numpy"], cuda):
+        arrays = there(be, list(x.values()))
+        o, final, saved = gla_forward(be, *arrays, scale=0.7, chunk=chunk)
+        results.append(here([o, final, *gla_backward(be, *there(be, [do, dstate]), saved)]))
+        without = gla_forward(be, *arrays[:4])
+        results[-1] += here([without[0], *gla_backward(be, there(be, do), None, without[2])])
+    for want, got in zip(*results, strict=True):
+        assert relative_rms(got, want) < 1e-9
+
+
+def test_projections_into_columns_and_onto_a_gradient(cuda):
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(s) for s in ((2, 63, 7), (11, 7), (4,)))
+    wide = there(cuda, np.full((2, 63, 20), 5.0))
+    y = wide[..., 3:14]
+    linear_forward(cuda, *there(cuda, [x, w, b]), out=y)
+    want = np.einsum("bti,oi->bto", x, w)
+    want[..., :4] += b
+    assert relative_rms(here(y), want) < 1e-13
+    assert (here(wide)[..., :3] == 5).all() and (here(wide)[..., 14:] == 5).all()
+    dy, dx, dw, db = (rng.standard_normal(s) for s in (want.shape, x.shape, w.shape, b.shape))
+    wide[..., 3:14] = there(cuda, dy)
+    on_device = there(cuda, [dx, dw, db])
+    assert linear_backward(cuda, y, *there(cuda, [x, w]), *on_device[1:], dx=on_device[0]) is on_device[0]
+    assert relative_rms(here(on_device[0]), dx + np.einsum("bto,oi->bti", dy, w)) < 1e-13
+    assert relative_rms(here(on_device[1]), dw + np.einsum("bto,bti->oi", dy, x)) < 1e-13
+    assert relative_rms(here(on_device[2]), db + dy[..., :4].sum((0, 1))) < 1e-13
+
+
+def test_views_are_taken_as_they_are_meant(cuda):
+    """Slices of something larger, as a fused projection hands them out."""
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((2, 9, 40))
+    qkv = there(cuda, wide)[..., 7:37]
+    tables = rope_table(3, 9, 6, 50.0)
+    got = rope_forward(cuda, qkv, *there(cuda, tables), 3, 1, 6)
+    for a, b in zip(got, rope_forward(backends()["numpy"], wide[..., 7:37], *tables, 3, 1, 6), strict=True):
+        assert relative_rms(here(a), b) < 1e-13
