@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 
 from minisb import checkpoint, energy
 from minisb.data import load_tokens
@@ -43,9 +42,9 @@ def main(args) -> int:
     model, sample = load(args.run, args.tokens, args.threads)
     found, tallies = measure_run(args.run, model, sample, args.k)
     if args.pictures:
-        from minisb.plots import draw_all  # here: matplotlib is an extra
+        from minisb.plots import draw_spikes  # here: matplotlib is an extra
 
-        found["pictures"] = [str(path) for path in draw_all(Path(args.pictures), model, sample, tallies)]
+        found["pictures"] = [str(path) for path in draw_spikes(args.pictures, model, sample, tallies)]
     print(json.dumps(found) if args.json else text(found))
     return 0
 
