@@ -34,7 +34,8 @@ def test_a_students_failures_have_names():
 
 
 def test_texts():
-    assert texts.unresolved() == []
+    assert texts.unresolved() + texts.broken_examples() == []
+    assert texts.differing_code() + texts.missing_translations() == []
 
 
 def test_a_missing_symbol_is_noticed():

@@ -63,31 +63,55 @@ def threshold(f):
     want = expected_threshold(extreme, 3.0)
     got = np.asarray(f(extreme, 3.0))
     ratio = got / want if got.shape == want.shape else got
-    yield close(title + say(", relative to the right one", "，与正确值之比"), ratio, np.ones_like(want), FLOAT64,
-                lambda: [(ratio, question)])  # fmt: skip
+    yield close(
+        title + say(", relative to the right one", "，与正确值之比"),
+        ratio,
+        np.ones_like(want),
+        FLOAT64,
+        lambda: [(ratio, question)],
+    )
 
 
 def threshold_mistakes(x, k, want):
     other = expected_threshold(x, k, rms="root mean square" not in flipped(CONVENTIONS))
     return [
-        (np.full_like(want, np.abs(x).mean() / k), say("Is every token given the same threshold?  Over which axis is the mean?",
-                                                       "所有词元的阈值都一样吗？均值是沿哪个轴取的？")),
-        (np.abs(x.mean(1, keepdims=True)) / k, say("Is the magnitude taken before the mean or after it?",
-                                                   "绝对值是在求均值之前取，还是之后？")),
-        (x.mean(1, keepdims=True) / k, say("What happens to negative activations in your mean?", "求均值时负的激活值怎么办？")),
+        (
+            np.full_like(want, np.abs(x).mean() / k),
+            say(
+                "Is every token given the same threshold?  Over which axis is the mean?",
+                "所有词元的阈值都一样吗？均值是沿哪个轴取的？",
+            ),
+        ),
+        (
+            np.abs(x.mean(1, keepdims=True)) / k,
+            say("Is the magnitude taken before the mean or after it?", "绝对值是在求均值之前取，还是之后？"),
+        ),
+        (
+            x.mean(1, keepdims=True) / k,
+            say("What happens to negative activations in your mean?", "求均值时负的激活值怎么办？"),
+        ),
         (want * k, say("Where does k enter?", "k 用在哪里？")),
         (want * k * k, say("Is k a factor or a divisor?", "k 是乘数还是除数？")),
-        (other, say("Mean magnitude or root mean square: which one does the convention ask for?",
-                    "约定里要的是绝对值的均值，还是均方根？")),
-    ]  # fmt: skip
+        (
+            other,
+            say(
+                "Mean magnitude or root mean square: which one does the convention ask for?",
+                "约定里要的是绝对值的均值，还是均方根？",
+            ),
+        ),
+    ]
 
 
 @exercise
 def spike_count(f):
     x = tokens(2, 5, 30)
     vth = expected_threshold(x, 2.0)
-    yield exact(say("every token at its own scale", "每个词元各有尺度"), f(x, vth), expected_count(x, vth),
-                count_mistakes(x, vth))  # fmt: skip
+    yield exact(
+        say("every token at its own scale", "每个词元各有尺度"),
+        f(x, vth),
+        expected_count(x, vth),
+        count_mistakes(x, vth),
+    )
     halves = np.arange(-11, 12)[None] * np.array([[0.5], [2.0]])
     vth = np.array([[1.0], [4.0]])
     title = say("ties: x / Vth = -5.5, -5, ... 5.5", "恰在中间：x / Vth = -5.5、-5、……、5.5")
@@ -100,15 +124,24 @@ def count_mistakes(x, vth):
         "Where does 2.5 go?  What does the convention say of a tie?", "2.5 取成几？约定里对恰在中间的情况怎么说？"
     )
     return [
-        (np.floor(ratio), say("Is floor rounding?  Where does 1.9 go, and -0.1?", "floor 是四舍五入吗？1.9 取成几，-0.1 呢？")),
-        (np.trunc(ratio), say("Your counts are cut towards zero: where should 1.9 go?", "你的计数被截向零：1.9 应取成几？")),
+        (
+            np.floor(ratio),
+            say("Is floor rounding?  Where does 1.9 go, and -0.1?", "floor 是四舍五入吗？1.9 取成几，-0.1 呢？"),
+        ),
+        (
+            np.trunc(ratio),
+            say("Your counts are cut towards zero: where should 1.9 go?", "你的计数被截向零：1.9 应取成几？"),
+        ),
         (np.abs(np.rint(ratio)), say("Where is the sign?", "符号去哪了？")),
         (np.clip(np.rint(ratio), 0, None), say("What becomes of negative activations?", "负的激活值怎么办？")),
-        (np.rint(ratio) * vth, say("That is count * Vth.  Which of the two is asked for?", "这是 计数 × Vth。题目要的是哪一个？")),
+        (
+            np.rint(ratio) * vth,
+            say("That is count * Vth.  Which of the two is asked for?", "这是 计数 × Vth。题目要的是哪一个？"),
+        ),
         (np.rint(ratio), tie),
         (np.floor(ratio + 0.5), tie),
         (np.sign(ratio) * np.floor(np.abs(ratio) + 0.5), tie),
-    ]  # fmt: skip
+    ]
 
 
 @exercise
@@ -126,8 +159,11 @@ def simulate_neuron(f):
         got = f(x, vth, steps, v0)
         yield exact(title, got, want, lambda steps=steps, v0=v0: neuron_mistakes(x, vth, steps, v0))
     counts = np.asarray(f(x, vth, 8, 0 * vth)).sum(0)
-    yield exact(say("from v = 0 the train sums up to floor(x / Vth)", "从 v = 0 开始，脉冲总数是 floor(x / Vth)"), counts,
-                np.floor(x / vth))  # fmt: skip
+    yield exact(
+        say("from v = 0 the train sums up to floor(x / Vth)", "从 v = 0 开始，脉冲总数是 floor(x / Vth)"),
+        counts,
+        np.floor(x / vth),
+    )
     off_ties = np.where(x / vth % 1 == 0.5, x + vth / 16, x)
     counts = np.asarray(f(off_ties, vth, 8, vth / 2)).sum(0)
     title = say("from v = Vth / 2 it sums up to x / Vth rounded", "从 v = Vth / 2 开始，总数是 x / Vth 四舍五入")
@@ -165,20 +201,55 @@ def ste_backward(f):
             return
         vth = expected_threshold(x, k)
         count = expected_count(x, vth)
-        yield close(f"k = {k}: dx", got[0], dy @ w, FLOAT64, [
-            (0 * x, say("The true derivative is zero almost everywhere; what does straight-through put in its place?",
-                        "真实的导数几乎处处为零；直通估计用什么代替它？")),
-            (dy @ w / vth, say("Straight-through says dx = dx_hat.  Where does 1 / Vth come from?",
-                               "直通估计说 dx = dx_hat。1 / Vth 从哪里来？")),
-            (dy @ w * (count != 0), say("Do silent channels get a gradient, too?", "没有发放的通道也应得到梯度吗？")),
-            (dy @ w * vth, say("Straight-through says dx = dx_hat.  Where does Vth come from?",
-                               "直通估计说 dx = dx_hat。Vth 从哪里来？")),
-        ])  # fmt: skip
-        yield close(f"k = {k}: dw", got[1], dy.T @ (count * vth), FLOAT64, [
-            (dy.T @ x, say("Which input did the projection really read in the forward pass: x or x_hat?",
-                           "前向时投影真正读到的是 x 还是 x_hat？")),
-            (dy.T @ count, say("What does one spike stand for: 1, or Vth?", "一个脉冲代表多少：1，还是 Vth？")),
-        ])  # fmt: skip
+        yield close(
+            f"k = {k}: dx",
+            got[0],
+            dy @ w,
+            FLOAT64,
+            [
+                (
+                    0 * x,
+                    say(
+                        "The true derivative is zero almost everywhere; what does straight-through put in its place?",
+                        "真实的导数几乎处处为零；直通估计用什么代替它？",
+                    ),
+                ),
+                (
+                    dy @ w / vth,
+                    say(
+                        "Straight-through says dx = dx_hat.  Where does 1 / Vth come from?",
+                        "直通估计说 dx = dx_hat。1 / Vth 从哪里来？",
+                    ),
+                ),
+                (
+                    dy @ w * (count != 0),
+                    say("Do silent channels get a gradient, too?", "没有发放的通道也应得到梯度吗？"),
+                ),
+                (
+                    dy @ w * vth,
+                    say(
+                        "Straight-through says dx = dx_hat.  Where does Vth come from?",
+                        "直通估计说 dx = dx_hat。Vth 从哪里来？",
+                    ),
+                ),
+            ],
+        )
+        yield close(
+            f"k = {k}: dw",
+            got[1],
+            dy.T @ (count * vth),
+            FLOAT64,
+            [
+                (
+                    dy.T @ x,
+                    say(
+                        "Which input did the projection really read in the forward pass: x or x_hat?",
+                        "前向时投影真正读到的是 x 还是 x_hat？",
+                    ),
+                ),
+                (dy.T @ count, say("What does one spike stand for: 1, or Vth?", "一个脉冲代表多少：1，还是 Vth？")),
+            ],
+        )
 
 
 # --- the picture -----------------------------------------------------------------------------------
@@ -197,8 +268,8 @@ def show(student, plt):
     if plt is None:
         return side_by_side([("your spikes (channels down, time across)", yours.T), ("reference", reference.T)])
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    raster(axes[0], yours, "your spikes: one token, +1 orange, -1 red", STUDENT)
-    raster(axes[1], reference, "reference", REFERENCE)
+    raster(axes[0], yours, "your spikes of one token\n(crosses: -1)", STUDENT)
+    raster(axes[1], reference, "reference\n", REFERENCE)
     draw_shares(axes[2], *_student_or_reference(student))
     return figure
 

@@ -32,7 +32,9 @@ def main():
     axes[0].set_title("one token: activations, multiples of Vth,\nand the counts at the right")
     axes[0].set_ylabel("channel")
     axes[0].set_xlabel("activation")
-    raster(axes[1], adaptive_neuron(x, vth, 8, vth / 2)[:, 0], "the same token, played in time\n(red: spikes of -1)")
+    raster(
+        axes[1], adaptive_neuron(x, vth, 8, vth / 2)[:, 0], "the same token, played in time\n(crosses: spikes of -1)"
+    )
     check = lesson("10").check
     check.draw_shares(axes[2], lambda x, k: threshold(be, x, k), lambda x, vth: spike_count(be, x, vth), "per token")
     axes[2].set_title("channels that say nothing, or shout,\nas the token's size changes")

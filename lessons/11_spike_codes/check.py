@@ -63,16 +63,31 @@ def encoder_mistakes(counts, code, steps, want):
     time = np.arange(steps).reshape(-1, *[1] * counts.ndim)
     sign, bits = np.sign(counts), np.abs(counts) >> time & 1
     return [
-        (want[::-1], say("Which end of the train comes first?  Read the conventions at the top of the file.",
-                         "脉冲序列从哪一端开始？再读文件开头的约定。")),
+        (
+            want[::-1],
+            say(
+                "Which end of the train comes first?  Read the conventions at the top of the file.",
+                "脉冲序列从哪一端开始？再读文件开头的约定。",
+            ),
+        ),
         (np.abs(want), say("Where is the sign?", "符号去哪了？")),
         (time <= np.abs(counts), say("How many spikes has a count of 0?", "计数为 0 时有几个脉冲？")),
-        (bits * sign, say("That is the bidirectional code: sign times bits.  How are negative numbers stored in a computer?",
-                          "这是双向码：符号乘以各位。计算机里的负数是怎样存的？")),
+        (
+            bits * sign,
+            say(
+                "That is the bidirectional code: sign times bits.  How are negative numbers stored in a computer?",
+                "这是双向码：符号乘以各位。计算机里的负数是怎样存的？",
+            ),
+        ),
         (bits, say("What are the bits of -1 modulo 2^steps?", "-1 对 2^steps 取模之后，各位是什么？")),
-        (counts[None] * (time == 0), say("A spike is -1, 0 or 1.  How does a larger count spread over time?",
-                                         "一个脉冲只能是 -1、0 或 1。更大的计数怎样在时间上展开？")),
-    ]  # fmt: skip
+        (
+            counts[None] * (time == 0),
+            say(
+                "A spike is -1, 0 or 1.  How does a larger count spread over time?",
+                "一个脉冲只能是 -1、0 或 1。更大的计数怎样在时间上展开？",
+            ),
+        ),
+    ]
 
 
 @exercise
@@ -104,20 +119,32 @@ def decode(f):
     counts = np.array([300, 513, -400])
     spikes = expected(counts, "twos_complement", 12)
     yield exact(
-        say("counts beyond a byte", "超过一个字节的计数"), f(spikes, "twos_complement"), counts,
-        [(f(spikes, "twos_complement"), say("Which dtype holds your powers of two?", "你的 2 的幂用什么 dtype 存放？"))],
-    )  # fmt: skip
+        say("counts beyond a byte", "超过一个字节的计数"),
+        f(spikes, "twos_complement"),
+        counts,
+        [
+            (
+                f(spikes, "twos_complement"),
+                say("Which dtype holds your powers of two?", "你的 2 的幂用什么 dtype 存放？"),
+            )
+        ],
+    )
 
 
 def decode_mistakes(spikes):
     time = np.arange(len(spikes))
     return [
         (spikes.sum(0), say("What is a spike of step t worth in this code?", "在这种码里，第 t 步的一个脉冲值多少？")),
-        (np.tensordot(2**time, spikes, 1), say("Is the highest bit worth +2^(steps-1)?  Does every code have bits?",
-                                               "最高位值 +2^(steps-1) 吗？每种码都有“位”吗？")),
+        (
+            np.tensordot(2**time, spikes, 1),
+            say(
+                "Is the highest bit worth +2^(steps-1)?  Does every code have bits?",
+                "最高位值 +2^(steps-1) 吗？每种码都有“位”吗？",
+            ),
+        ),
         (np.tensordot(2 ** time[::-1], spikes, 1), say("Which bit comes first?", "哪一位先来？")),
         (np.tensordot(2 ** (time + 1), spikes, 1), say("Is step 0 worth 1 or 2?", "第 0 步值 1 还是 2？")),
-    ]  # fmt: skip
+    ]
 
 
 @exercise
@@ -134,16 +161,35 @@ def event_matmul(f):
             yield failed
             return
         small = (counts.astype(np.int8) @ w.T).astype(np.int8)
-        yield exact(say(f"{code}: y is counts w^T", f"{code}：y 等于 counts w^T"), got[0], want, [
-            (small, say("Sums of int8 leave int8: where do you widen?", "int8 的和会超出 int8：在哪里换成更宽的类型？")),
-            (spikes.sum(0).astype(np.int64) @ w.T, say("What is a step worth in this code?", "在这种码里，一步值多少？")),
-            *decode_products(spikes, w),
-        ])  # fmt: skip
-        yield exact(say(f"{code}: additions", f"{code}：加法次数"), got[1], additions, [
-            (int(spikes.sum()), say("Does a spike of -1 cost an addition, too?", "-1 的脉冲也要算一次加法吗？")),
-            (additions * len(w), say("A whole column of w counts as one addition here.", "这里 w 的一整列算一次加法。")),
-            (spikes.size, say("Do silent steps cost anything?", "静默的步有代价吗？")),
-        ])  # fmt: skip
+        yield exact(
+            say(f"{code}: y is counts w^T", f"{code}：y 等于 counts w^T"),
+            got[0],
+            want,
+            [
+                (
+                    small,
+                    say("Sums of int8 leave int8: where do you widen?", "int8 的和会超出 int8：在哪里换成更宽的类型？"),
+                ),
+                (
+                    spikes.sum(0).astype(np.int64) @ w.T,
+                    say("What is a step worth in this code?", "在这种码里，一步值多少？"),
+                ),
+                *decode_products(spikes, w),
+            ],
+        )
+        yield exact(
+            say(f"{code}: additions", f"{code}：加法次数"),
+            got[1],
+            additions,
+            [
+                (int(spikes.sum()), say("Does a spike of -1 cost an addition, too?", "-1 的脉冲也要算一次加法吗？")),
+                (
+                    additions * len(w),
+                    say("A whole column of w counts as one addition here.", "这里 w 的一整列算一次加法。"),
+                ),
+                (spikes.size, say("Do silent steps cost anything?", "静默的步有代价吗？")),
+            ],
+        )
 
 
 def decode_products(spikes, w):

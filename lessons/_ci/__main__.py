@@ -18,6 +18,7 @@ def sections():
     yield "the package's answers are out of reach", fences.refusals
     yield "time, memory and crashes are survived", fences.limits
     yield "symbols and links resolve", texts.unresolved
+    yield "the texts' examples run", texts.broken_examples
     yield "code is equal in both languages, exercises and hints are complete", texts.differing_code
     yield "every text is there in Chinese", texts.missing_translations
 

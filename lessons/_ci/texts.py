@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
+import io
 import re
+import warnings
 from pathlib import Path
 
 from lessons._lib.book import LESSONS, lessons
@@ -13,6 +16,7 @@ ROOT = LESSONS.parent
 SYMBOL = re.compile(r"`([\w./]+\.(?:py|pyx|cu|cuh))::([\w.]+)`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXERCISE = re.compile(r"^<!-- exercise: (\w+) -->$", re.MULTILINE)
 TRANSLATES = re.compile(r"^<!-- translates \S+ sha256:([0-9a-f]{12}) -->")
 
@@ -80,6 +84,21 @@ def differing_code() -> list[str]:
             hints = found.hints(lang)
             if list(hints) != found.functions() or any(len(steps) != 3 for steps in hints.values()):
                 wrong.append(f"{found.number}: hints ({lang}) are not three for each function")
+    return wrong
+
+
+def broken_examples() -> list[str]:
+    """Examples of the texts (fences marked python) that do not run.  One page's run in order, in one namespace."""
+    wrong = []
+    for page in pages():
+        namespace = {}
+        for example in EXAMPLE.findall(page.read_text(encoding="utf-8")) if ".zh." not in page.name else ():
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    exec(example, namespace)
+            except Exception as error:
+                wrong.append(f"{page.relative_to(ROOT)}: an example fails: {error!r}\n{example}")
     return wrong
 
 

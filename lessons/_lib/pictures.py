@@ -55,11 +55,11 @@ def heat(axes, image, title: str, x: str, y: str, **kwargs):
 
 
 def raster(axes, spikes, title: str, colour: str = "black"):
-    """spikes (steps, channels): a tick for each spike, up for +1 (filled) and down for -1 (red)."""
+    """spikes (steps, channels): a tick for each spike of +1, a red cross for each of -1."""
     spikes = np.asarray(spikes)
-    for sign, ink in ((1, colour), (-1, "#dc2626")):
+    for sign, marker, size, ink in ((1, "|", 60, colour), (-1, "x", 22, "#dc2626")):
         step, channel = np.nonzero(spikes == sign)
-        axes.scatter(step + 1, channel, marker="|", s=60, linewidths=1.6, color=ink)
+        axes.scatter(step + 1, channel, marker=marker, s=size, linewidths=1.6, color=ink)
     axes.set_title(title)
     axes.set_xlabel("time step")
     axes.set_ylabel("channel")
