@@ -25,8 +25,8 @@ def tally_of(*arrays):
 
 
 def test_every_quantity_of_counts_known_by_hand():
-    """Two tokens of four channels.  Bits of |s|: 0, 1, 2 (3), 3 (7) | 0, 0, 1 (8), 1 (16), then 17."""
-    found = tally_of([[0, 1, -3, 7]], [[0, 0, 8, -16]], [[0, -1, 17, 2]]).statistics()
+    """Three tokens of four channels; 1, 7 and 17 have 1, 3 and 2 bits, and 8 and 16 are clipped to the 3 of 7."""
+    found = tally_of([[0, -1, 17, 2]], [[0, 1, -3, 7]], [[0, 0, 8, -16]]).statistics()
     assert found["silent"] == pytest.approx(4 / 12) and found["silent_channels"] == 1 / 4
     assert found["at_most_7"] == 9 / 12 and found["over_7"] == 3 / 12 and found["over_16"] == 1 / 12
     assert found["mean_count"] == pytest.approx((1 + 3 + 7 + 8 + 16 + 1 + 17 + 2) / 12)
