@@ -34,7 +34,7 @@ from minisb.ops.linear import linear_backward  # noqa: E402
 from minisb.ops.spike import spike_forward  # noqa: E402
 from minisb.optim import update  # noqa: E402
 from minisb.params import ParamStore  # noqa: E402
-from minisb.train import Trainer, TrainSettings, whole_windows  # noqa: E402
+from minisb.train import Trainer, TrainSettings, describe_data, whole_windows  # noqa: E402
 
 KS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 BROKEN_K, BROKEN = 0.5, ("zero gradient", "dW with x")
@@ -68,10 +68,11 @@ def break_backward(be, kind: str) -> dict:
 
 
 class Sweep:
-    """The experiment in a folder: float_phase/ and float_twin/ hold weights, NAME.json a finished branch."""
+    """The experiment in a folder: float_phase/ and float_twin/ are runs, NAME.json is a finished branch."""
 
-    def __init__(self, folder: Path, config, settings: TrainSettings, data, threads):
-        self.folder, self.config, self.settings, self.data, self.threads = folder, config, settings, data, threads
+    def __init__(self, folder: Path, config, settings: TrainSettings, tokenizer, data, threads):
+        self.folder, self.config, self.settings, self.threads = folder, config, settings, threads
+        self.tokenizer, self.data = tokenizer, data
         self.branch_at = round(SPIKE_FROM * config.steps)
         self.val = whole_windows(data.val, config, LOSS_TOKENS)
         self.sample = whole_windows(data.val, config, METER_TOKENS)
@@ -181,7 +182,9 @@ class Sweep:
         """Complete or not there: a folder counts once it has its name."""
         partial = self.folder / f"{name}.partial"
         partial.mkdir(exist_ok=True)
+        self.tokenizer.save(partial / checkpoint.TOKENIZER)
         checkpoint.save_state(partial, model.store, step)
+        checkpoint.save_config(partial, self.config, asdict(self.settings), self.tokenizer, describe_data(self.data))
         partial.rename(self.folder / name)
 
     def _path(self, name: str) -> Path:
@@ -244,7 +247,7 @@ def main(argv) -> int:
     config = replace(config, vocab=tokenizer.vocab_size)
     settings = TrainSettings(data=args.data, seed=args.seed, spike_from=SPIKE_FROM)
     data = load_tokens(args.data, tokenizer)
-    result = Sweep(args.out, config, settings, data, args.threads).run()
+    result = Sweep(args.out, config, settings, tokenizer, data, args.threads).run()
     print(table(result))
     print(json.dumps(result))
     return 0

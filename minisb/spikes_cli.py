@@ -52,6 +52,8 @@ def main(args) -> int:
 def load(run, tokens: int = DEFAULT_TOKENS, threads: int | None = None):
     """-> the model of a run, and about `tokens` of its validation text.  MinisbError if it has no spikes."""
     settings = checkpoint.load_config(run)
+    if "quantized" in settings:
+        raise MinisbError(f"the run in {run} is quantised: measure the run that it was made from.")
     if not settings["model"].spike:
         raise MinisbError(f"the run in {run} has no spikes (it was made with --spike none): nothing to measure.")
     if tokens < 1:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,13 @@ from test_model import TINY, batch, model_of
 
 from minisb import cli
 from minisb.backend import Backend, CpuBackend
+from minisb.checkpoint import load_weights
+from minisb.config import Config
+from minisb.data import default_tokenizer, load_tokens
 from minisb.gradcheck import relative_rms
+from minisb.model import specs
+from minisb.params import ParamStore
+from minisb.train import TrainSettings, start
 
 spec = importlib.util.spec_from_file_location("spike_sweep", Path(__file__).parents[1] / "bench" / "spike_sweep.py")
 sweep = importlib.util.module_from_spec(spec)
@@ -36,7 +43,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_the_sweep_finishes_and_skips_what_is_finished(run, tmp_path, monkeypatch):
     code, printed = run("--steps", "10")
-    assert code == 0 and "zero gradient" in printed.out
+    assert code == 0 and "zero gradient" in printed.out, printed.err
     result = json.loads(printed.out.splitlines()[-1])
     assert result["branch_at"] == 8 and [row["k"] for row in result["by_k"]] == [0.5, 3.0]
     coarse, fine = result["by_k"]
@@ -50,11 +57,26 @@ def test_the_sweep_finishes_and_skips_what_is_finished(run, tmp_path, monkeypatc
     target = result["at_report_sparsity"]
     assert 0.5 < target["k"] < 3 and target["sparsity"] == pytest.approx(0.6915, abs=0.1)
 
+    assert_float_twin_is_an_ordinary_run(tmp_path)
     monkeypatch.setattr(sweep.Trainer, "gradients", None)  # nothing is trained again
     assert json.loads(run("--steps", "10")[1].out.splitlines()[-1]) == result
     assert (tmp_path / "out" / "zero_gradient.json").exists()
     code, printed = run("--steps", "11")
     assert code == 2 and "other settings" in printed.err
+
+
+def assert_float_twin_is_an_ordinary_run(tmp_path):
+    """Branching changes nothing: float phase and float branch are one training, bit for bit."""
+    described = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    config = Config.from_dict(described["model"])
+    settings = replace(TrainSettings(**described["training"]), spike_from=1.0)
+    tokenizer = default_tokenizer(settings.data, config.vocab)
+    data = load_tokens(settings.data, tokenizer)
+    trainer = start(tmp_path / "plain", config, settings, CpuBackend(), tokenizer, data)
+    trainer.run()
+    stores = [ParamStore(specs(config), np), trainer.model.store]
+    load_weights(tmp_path / "out" / "float_twin", stores[0])
+    assert np.array_equal(stores[0].flat_p, stores[1].flat_p)
 
 
 @pytest.mark.parametrize("name", ["numpy", "cpu"])
