@@ -9,6 +9,7 @@ import sys
 import time
 
 import minisb
+from minisb.checkpoint import load_config
 from minisb.cli import INTERRUPTED, Parser, run
 from minisb.errors import MinisbError
 from minisb.generate import check_sampling, generate
@@ -28,10 +29,8 @@ def arguments(argv):
     add("--threads", type=int, metavar="N", help="threads to compute with (default: every core)")
     add("--native", default="all", metavar="LIST", help="compiled modules: all, none, or names (default %(default)s)")
     add("--spike", action="store_true", help="spiking activations: projections read spike counts")
-    add("--quantized", action="store_true", help="INT8 weights and spikes")
+    add("--quantized", action="store_true", help="INT8 weights and spikes; needs a run that was quantised")
     args = parser.parse_args(argv)
-    if args.quantized:
-        raise MinisbError("--quantized is not there yet: this version cannot quantise a run.")
     if args.seed < 0:
         raise MinisbError(f"--seed must be at least 0, got {args.seed}.")
     check_sampling(args.temperature, args.top_k, args.top_p)
@@ -40,6 +39,10 @@ def arguments(argv):
 
 def main(argv):
     args = arguments(argv)
+    if args.quantized and "quantized" not in load_config(args.run):
+        raise MinisbError(
+            f"{args.run} is not quantised: python -m minisb quantize {args.run} --out {args.run}-int8 and sample that."
+        )
     model = minisb.load(args.run, device=args.device, native=args.native, threads=args.threads)
     tokenizer, state = model.tokenizer, model.new_state()
     prompt = tokenizer.encode(args.prompt)

@@ -16,6 +16,7 @@ COMMANDS = {
     "info": "minisb.info",
     "bench": "minisb.bench",
     "spikes": "minisb.spikes_cli",
+    "quantize": "minisb.quantize",
 }
 
 

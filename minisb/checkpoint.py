@@ -3,7 +3,8 @@
     config.json                 the model's and the training's settings; written last when a run
                                 starts, so a folder is a run if and only if this file is there
     train_state.safetensors     weights, both AdamW moments, the step: all that resume reads
-    model.safetensors           the weights alone, derived from the above, for everyone else
+    model.safetensors           the weights alone, derived from the above, for everyone else; of a
+                                quantised run the only weights, NAME.int8 with NAME.scales
     tokenizer.tiktoken          ranks; their pattern and special tokens stand in config.json
     log.jsonl                   one object a logged step
 
@@ -28,10 +29,13 @@ from minisb.backend import choose
 from minisb.cache import atomic_write
 from minisb.config import Config
 from minisb.errors import MinisbError
-from minisb.model import SpikingBrain
+from minisb.model import SpikingBrain, specs
+from minisb.ops.w8aspike import GROUP
+from minisb.quantized import QuantizedStore, empty_tensors, input_names, store_of
 from minisb.tokenizer import Tokenizer
 
 FORMAT = 1  # raise it when the files of a run change their meaning
+QUANTIZED_FORMAT = 1  # the same for what quantised runs have besides
 CONFIG, STATE, WEIGHTS = "config.json", "train_state.safetensors", "model.safetensors"
 TOKENIZER, LOG = "tokenizer.tiktoken", "log.jsonl"
 
@@ -49,8 +53,12 @@ def remove_stale(folder):
 # --- settings
 
 
-def save_config(folder, config: Config, training: dict, tokenizer: Tokenizer, data: dict):
-    """data: what the run was trained on, as `describe_data` in train.py has it."""
+def save_config(folder, config: Config, training: dict, tokenizer: Tokenizer, data: dict, quantized=None):
+    """data: what the run was trained on, as `describe_data` in train.py has it.
+
+    quantized: of a quantised run, "group" (128 or "row"), "embedding" (is it int8 too?), and "k", that of
+    the spikes of each input.
+    """
     values = {
         "format": FORMAT,
         "minisb": minisb.__version__,
@@ -59,6 +67,8 @@ def save_config(folder, config: Config, training: dict, tokenizer: Tokenizer, da
         "data": data,
         "tokenizer": tokenizer.settings,
     }
+    if quantized is not None:
+        values["quantized"] = {"format": QUANTIZED_FORMAT, **quantized}
     _write(Path(folder) / CONFIG, lambda path: path.write_text(json.dumps(values, indent=1) + "\n", "utf-8"))
 
 
@@ -104,8 +114,15 @@ def save_weights(folder, store, step: int):
     _save_tensors(Path(folder) / WEIGHTS, store.p, step)
 
 
+def save_quantized(folder, tensors: dict):
+    """tensors: every one of quantized.empty_tensors, filled."""
+    _save_tensors(Path(folder) / WEIGHTS, tensors, 0)
+
+
 def load_state(folder, store) -> int:
     """Weights and moments into `store` (made with optimizer=True) -> the step that they follow."""
+    if not (Path(folder) / STATE).exists() and is_run(folder) and "quantized" in load_config(folder):
+        raise MinisbError(f"{folder} is quantised and cannot be trained: go on with the run it was made from.")
     targets = {}
     for part, flat in (("p", store.flat_p), ("m", store.flat_m), ("v", store.flat_v)):
         targets |= {f"{part}.{name}": view for name, view in store.named(flat).items()}
@@ -120,10 +137,34 @@ def load_weights(folder, store) -> int:
 def load_model(folder, device: str = "auto", native: str = "all", threads: int | None = None) -> SpikingBrain:
     """The model of a run, ready for forward, prefill and step, with its `tokenizer` beside it."""
     settings = load_config(folder)
-    model = SpikingBrain(settings["model"], choose(device, native, threads)[0])
-    load_weights(folder, model.store)
+    if "quantized" in settings:
+        if device not in ("auto", "cpu"):
+            raise MinisbError(f"{folder} is quantised, and int8 weights are read on a CPU only: use --device cpu.")
+        device = "cpu"
+    be = choose(device, native, threads)[0]
+    if "quantized" in settings:
+        model = SpikingBrain(settings["model"], be, _load_quantized(folder, settings))
+    else:
+        model = SpikingBrain(settings["model"], be)
+        load_weights(folder, model.store)
     model.tokenizer = load_tokenizer(folder, settings.get("tokenizer"))
     return model
+
+
+def _load_quantized(folder, settings: dict) -> QuantizedStore:
+    """The int8 weights of a run.  MinisbError if they are damaged, or of a later version."""
+    found, path = settings["quantized"], Path(folder) / CONFIG
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != QUANTIZED_FORMAT:
+        raise MinisbError(f"{path} has quantised format {version}; this version reads format {QUANTIZED_FORMAT}.")
+    group, everything, k = found.get("group"), specs(settings["model"]), found.get("k")
+    inputs = input_names(settings["model"])
+    fits = isinstance(k, dict) and all(isinstance(k.get(n), int | float) and k[n] > 0 for n in inputs)
+    if group not in (GROUP, "row") or not fits:
+        raise MinisbError(f"{path} is damaged: its quantised section gives no group of {GROUP} or row, or no k.")
+    tensors = empty_tensors(everything, GROUP if group == GROUP else None, bool(found.get("embedding")))
+    _load_tensors(Path(folder) / WEIGHTS, tensors, np, exact=True)
+    return store_of(tensors, k)
 
 
 def _save_tensors(path: Path, tensors: dict, step: int):
@@ -133,8 +174,11 @@ def _save_tensors(path: Path, tensors: dict, step: int):
     _write(path, lambda temporary: temporary.write_bytes(save(on_host, metadata)))
 
 
-def _load_tensors(path: Path, targets: dict, xp) -> int:
-    """Every tensor of `targets` is filled from the file -> the step in its metadata."""
+def _load_tensors(path: Path, targets: dict, xp, exact: bool = False) -> int:
+    """Every tensor of `targets` is filled from the file -> the step in its metadata.
+
+    exact: types must agree too.
+    """
     if not path.exists():
         raise MinisbError(f"{path} is missing: there is no checkpoint to read.")
     try:
@@ -148,6 +192,10 @@ def _load_tensors(path: Path, targets: dict, xp) -> int:
         if name not in found or found[name].shape != target.shape:
             shape = found[name].shape if name in found else "missing"
             raise MinisbError(f"{path} does not fit {CONFIG}: {name} should be {target.shape} and is {shape}.")
+        if exact and found[name].dtype != target.dtype:
+            raise MinisbError(
+                f"{path} does not fit {CONFIG}: {name} should be {target.dtype} and is {found[name].dtype}."
+            )
     if crc != str(_checksum(found, step)):
         raise MinisbError(f"{path} is damaged: its checksum differs.")
     for name, target in targets.items():

@@ -21,8 +21,10 @@ from minisb.ops.norm import rmsnorm_backward, rmsnorm_forward
 from minisb.ops.rope import rope_backward, rope_forward
 from minisb.ops.spike import spike_count, spike_forward
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward
+from minisb.ops.w8aspike import attention_step_int8, code_heads, decode_heads
 from minisb.params import ParamStore, Spec
-from minisb.state import GLAState, KeyValueCache
+from minisb.quantized import QuantizedProjections, QuantizedStore, input_name
+from minisb.state import GLAState, Int8KeyValueCache, KeyValueCache
 
 
 @dataclass
@@ -70,6 +72,8 @@ class Projections:
                     ctx.tap(f"{self.prefix}.{name}.count", spike_count(ctx.be, x_hat, vth))
         else:
             x_hat = x
+            if ctx.tap:
+                ctx.tap(f"{input_name(self.prefix, self.rows)}.input", x)
         if len(spiking) in (0, len(self.rows)):
             return linear_forward(ctx.be, x_hat, self.w, self.b), [(slice(0, self.w.shape[0]), x_hat)]
         y = ctx.be.xp.empty((*x.shape[:-1], self.w.shape[0]), x.dtype)
@@ -92,6 +96,12 @@ class Projections:
         return part if part is not None and part.size else None
 
 
+def projections(store, prefix: str, weights: dict[str, str], biases: tuple[str, ...] = ()):
+    """Projections of one input, of the kind that the store holds."""
+    kind = QuantizedProjections if isinstance(store, QuantizedStore) else Projections
+    return kind(store, prefix, weights, biases)
+
+
 class GatedLinearAttention:
     """Linear attention with a low-rank gate (7B: report, eq. 10-11, section 3.1)."""
 
@@ -109,10 +119,12 @@ class GatedLinearAttention:
 
     def __init__(self, c: Config, store: ParamStore, prefix: str):
         self.c = c
-        self.inputs = Projections(store, prefix, {**_QKV, "gk": "gk_proj.0.weight"}, _BIASES if c.qkv_bias else ())
-        self.output = Projections(store, prefix, {"o": "o_proj.weight"})
-        self.gate_w, self.dgate_w = store.rows([f"{prefix}.gk_proj.1.weight"])
-        self.gate_b, self.dgate_b = store.rows([f"{prefix}.gk_proj.1.bias"])
+        self.inputs = projections(store, prefix, {**_QKV, "gk": "gk_proj.0.weight"}, _BIASES if c.qkv_bias else ())
+        self.output = projections(store, prefix, {"o": "o_proj.weight"})
+        self.merged = isinstance(store, QuantizedStore)  # the gate's two matrices are one, among the inputs
+        if not self.merged:
+            self.gate_w, self.dgate_w = store.rows([f"{prefix}.gk_proj.1.weight"])
+            self.gate_b, self.dgate_b = store.rows([f"{prefix}.gk_proj.1.bias"])
         self.g_norm, self.dg_norm = store.rows([f"{prefix}.g_norm.weight"])
 
     def new_state(self, be, batch: int, dtype) -> GLAState:
@@ -125,7 +137,7 @@ class GatedLinearAttention:
         rows, s_in = self.inputs.forward(ctx, x)
         q, k, v, s_heads = relu_heads_forward(be, rows, c.heads, c.kv_heads, c.head_dim)
         low_rank = rows[..., self.inputs.rows["gk"]]
-        z = linear_forward(be, low_rank, self.gate_w, self.gate_b)
+        z = low_rank if self.merged else linear_forward(be, low_rank, self.gate_w, self.gate_b)
         log_g, s_gate = log_gate_forward(be, z.reshape(k.shape), c.gate_divisor)
         s_gla = None
         if state is None:
@@ -165,12 +177,12 @@ class SoftmaxAttention:
         ]
 
     def __init__(self, c: Config, store: ParamStore, prefix: str, window: int | None):
-        self.c, self.window = c, window
-        self.inputs = Projections(store, prefix, _QKV, _BIASES if c.qkv_bias else ())
-        self.output = Projections(store, prefix, {"o": "o_proj.weight"})
+        self.c, self.window, self.int8 = c, window, isinstance(store, QuantizedStore)
+        self.inputs = projections(store, prefix, _QKV, _BIASES if c.qkv_bias else ())
+        self.output = projections(store, prefix, {"o": "o_proj.weight"})
 
     def new_state(self, be, batch: int, dtype) -> KeyValueCache:
-        return KeyValueCache(be, self.c, batch, dtype, self.window)
+        return (Int8KeyValueCache if self.int8 else KeyValueCache)(be, self.c, batch, dtype, self.window)
 
     def forward(self, ctx: Context, x, state: KeyValueCache | None = None):
         """x (B,T,C) -> y (B,T,C)."""
@@ -179,7 +191,9 @@ class SoftmaxAttention:
         rows, s_in = self.inputs.forward(ctx, x)
         q, k, v = rope_forward(be, rows, ctx.cos, ctx.sin, c.heads, c.kv_heads, c.head_dim)
         s_attention = None
-        if state is not None and T == 1:
+        if self.int8:
+            o = self._attend_int8(be, q, k, v, state)
+        elif state is not None and T == 1:
             state.append(k, v)
             o = attention_step(be, q, state.k, state.v, state.count)
         else:
@@ -191,6 +205,19 @@ class SoftmaxAttention:
             o, s_attention = attention_forward(be, q, k, v, self.window or k.shape[1])
         y, s_out = self.output.forward(ctx, o.reshape(B, T, -1))
         return y, (s_in, ctx.cos, ctx.sin, s_attention, s_out)
+
+    def _attend_int8(self, be, q, k, v, state: Int8KeyValueCache | None):
+        """q (B,T,H,D) as spike counts, k, v (B,T,G,D) as int8, here and in the cache -> o (B,T,H,D)."""
+        q16, qv, *kept = code_heads(be, q, k, v, self.c.spike_k)
+        if state is not None and q.shape[1] == 1:
+            state.append(*kept)
+            return attention_step_int8(be, q16, qv, state.k, state.ku, state.v, state.vu, state.count)
+        k, v = decode_heads(*kept[:2]), decode_heads(*kept[2:])
+        if state is not None:
+            past_k, past_v = state.past()
+            state.append(*kept)
+            k, v = be.xp.concatenate([past_k, k], axis=1), be.xp.concatenate([past_v, v], axis=1)
+        return attention_forward(be, decode_heads(q16, qv), k, v, self.window or k.shape[1])[0]
 
     def backward(self, be, dy, saved):
         """dy (B,T,C) -> dx (B,T,C)."""
@@ -214,8 +241,8 @@ class SwiGLU:
         ]
 
     def __init__(self, c: Config, store: ParamStore, prefix: str):
-        self.inputs = Projections(store, prefix, {"gate": "gate_proj.weight", "up": "up_proj.weight"})
-        self.output = Projections(store, prefix, {"down": "down_proj.weight"})
+        self.inputs = projections(store, prefix, {"gate": "gate_proj.weight", "up": "up_proj.weight"})
+        self.output = projections(store, prefix, {"down": "down_proj.weight"})
 
     def forward(self, ctx: Context, x):
         """x (B,T,C) -> y (B,T,C)."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from minisb.config import Config, spikes_by_layer
+from minisb.errors import MinisbError
 from minisb.layers import Context, GatedLinearAttention, SoftmaxAttention, SwiGLU
 from minisb.ops.cross_entropy import IGNORE, cross_entropy
 from minisb.ops.embedding import embedding_backward, embedding_forward
 from minisb.ops.norm import add_rmsnorm_backward, add_rmsnorm_forward, rmsnorm_forward
 from minisb.ops.rope import rope_table
 from minisb.params import ParamStore, Spec
+from minisb.quantized import Int8Matrix, QuantizedStore
 from minisb.state import DecodeState
 
 #: The head works on this many logits at a time: a slice stays in cache, and the logits of a
@@ -79,7 +81,8 @@ def add_norm(be, x, delta, w, eps):
 class SpikingBrain:
     """The whole model over a ParamStore.
 
-    Methods take integer tokens (B,T).  spike: False, True (the config's projections), or the
+    Methods take integer tokens (B,T).  Over a QuantizedStore everything spikes, whatever `spike` says, and
+    there is no training.  Else spike: False, True (the config's projections), or the
     names of what reads spikes, as in the config: "down", "3.q", "0-3.all".
     """
 
@@ -108,6 +111,8 @@ class SpikingBrain:
 
     def loss_and_backward(self, tokens, targets, spike=False, scale: float = 1.0):
         """Mean loss, as `loss` gives it; scale * its gradient is added to store.g."""
+        if isinstance(self.store, QuantizedStore):
+            raise MinisbError("a quantised model cannot be trained: go on with the run it was made from.")
         h, saved = self._forward(tokens, spike)
         count = self._counted(targets)
         dh = self.be.xp.empty_like(h)
@@ -144,7 +149,7 @@ class SpikingBrain:
     def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None):
         """-> normed output of the last block (B,T,C), and what backward needs."""
         ctx = self._context(tokens.shape[1], state.position if state else 0, spike, tap)
-        x, delta = embedding_forward(self.be, tokens, self.embedding), None
+        x, delta = self._embed(tokens), None
         saved = []
         for i, block in enumerate(self.blocks):
             x, delta, s = block.forward(ctx, x, delta, state.layers[i] if state else None)
@@ -162,9 +167,21 @@ class SpikingBrain:
             dz = block.backward(self.be, dz, blocks.pop())  # popped: freed as soon as it is used
         embedding_backward(self.be, dz, tokens, self.dembedding)
 
+    def _embed(self, tokens):
+        """tokens (B,T) -> (B,T,C)."""
+        if isinstance(self.embedding, Int8Matrix):
+            return self.embedding.rows(tokens)
+        return embedding_forward(self.be, tokens, self.embedding)
+
+    def _head_product(self, h):
+        """h (N,C) -> logits (N,V)."""
+        if isinstance(self.head, Int8Matrix):
+            return self.head.product(self.be, h)
+        return self.be.gemm(h, self.head, tb=True)
+
     def _logits(self, h):
         """h (...,C) -> (...,V)."""
-        rows = self.be.gemm(h.reshape(-1, h.shape[-1]), self.head, tb=True)
+        rows = self._head_product(h.reshape(-1, h.shape[-1]))
         return rows.reshape(*h.shape[:-1], -1)
 
     def _counted(self, targets):
@@ -183,7 +200,7 @@ class SpikingBrain:
         total = 0.0
         for start in range(0, len(h), size):
             rows = slice(start, start + size)
-            logits = be.gemm(h[rows], self.head, tb=True)
+            logits = self._head_product(h[rows])
             total = total + cross_entropy(be, logits, targets[rows], dloss).sum(dtype="float64")
             if dloss is not None:
                 be.gemm(logits, self.head, out=dh.reshape(h.shape)[rows])

@@ -6,7 +6,10 @@ Only full attention keeps everything.
 
 from __future__ import annotations
 
+import numpy as np
+
 from minisb.config import Config
+from minisb.ops.w8aspike import decode_heads
 
 
 class GLAState:
@@ -33,6 +36,8 @@ class KeyValueCache:
     window None: all tokens are kept, and the arrays double when they are full.
     """
 
+    FIELDS = ("k", "v")  # what append takes, in this order
+
     def __init__(self, be, config: Config, batch: int, dtype, window: int | None):
         self.be, self.window, self.seen = be, window, 0
         shape = (batch, window or 64, config.kv_heads, config.head_dim)
@@ -41,35 +46,40 @@ class KeyValueCache:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(getattr(self, name).nbytes for name in self.FIELDS)
 
     @property
     def count(self) -> int:
         """Slots in use."""
         return min(self.seen, self.window) if self.window else self.seen
 
-    def append(self, k, v):
+    def append(self, *new):
         """Remember the keys and values (B,T,G,D) of the next T tokens."""
-        T = k.shape[1]
+        T = new[0].shape[1]
         if not self.window:
             self._grow(self.seen + T)
         slots = self.k.shape[1]
         first = max(0, T - slots)  # tokens before this one would be overwritten at once
-        at = (self.seen + self.be.xp.arange(first, T)) % slots
-        self.k[:, at], self.v[:, at] = k[:, first:], v[:, first:]
+        # one token, as in decoding: a plain index spares four gathers
+        at = self.seen % slots if T == 1 else (self.seen + self.be.xp.arange(first, T)) % slots
+        for name, x in zip(self.FIELDS, new, strict=True):
+            getattr(self, name)[:, at] = x[:, 0] if T == 1 else x[:, first:]
         self.seen += T
 
     def past(self):
         """Keys and values that the next token may see, oldest first."""
+        return tuple(x[:, self._past()] for x in (self.k, self.v))
+
+    def _past(self):
+        """The slots of past(), in its order."""
         if not self.window:
-            return self.k[:, : self.seen], self.v[:, : self.seen]
+            return slice(self.seen)
         length = min(self.seen, self.window - 1)
-        at = self.be.xp.arange(self.seen - length, self.seen) % self.window
-        return self.k[:, at], self.v[:, at]
+        return self.be.xp.arange(self.seen - length, self.seen) % self.window
 
     def copy(self):
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, k=self.k.copy(), v=self.v.copy())
+        twin.__dict__.update(self.__dict__, **{name: getattr(self, name).copy() for name in self.FIELDS})
         return twin
 
     def _grow(self, needed: int):
@@ -78,11 +88,26 @@ class KeyValueCache:
             return
         while slots < needed:
             slots *= 2
-        for name in ("k", "v"):
+        for name in self.FIELDS:
             old = getattr(self, name)
             new = self.be.xp.zeros((old.shape[0], slots, *old.shape[2:]), old.dtype)
             new[:, : old.shape[1]] = old
             setattr(self, name, new)
+
+
+class Int8KeyValueCache(KeyValueCache):
+    """Keys and values of a quantised model: int8 (B,S,G,D) with a unit a token and head, ku, vu (B,S,G) fp32."""
+
+    FIELDS = ("k", "ku", "v", "vu")
+
+    def __init__(self, be, config: Config, batch: int, dtype, window: int | None):
+        super().__init__(be, config, batch, np.int8, window)
+        self.ku, self.vu = (be.xp.zeros(self.k.shape[:3], np.float32) for _ in range(2))
+
+    def past(self):
+        """As fp32."""
+        at = self._past()
+        return decode_heads(self.k[:, at], self.ku[:, at]), decode_heads(self.v[:, at], self.vu[:, at])
 
 
 class DecodeState:

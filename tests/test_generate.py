@@ -232,7 +232,7 @@ def test_sample_streams_text_and_reports(run_folder):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--quantized"], "not there yet"),
+        (["--quantized"], "python -m minisb quantize"),
         (["--top-p", "2"], "top-p"),
         (["--tokens", "-3"], "tokens"),
         (["--device", "cuda"], "GPU"),

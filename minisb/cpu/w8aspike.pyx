@@ -179,6 +179,7 @@ cdef _code(const float[:, :, :, ::1] q, const float[:, :, :, ::1] k, const float
 
 def attention_step_int8(be, q16, qv, k8, ku, v8, vu, count, scale=None):
     """See ops/w8aspike.py."""
+    q16, qv = np.ascontiguousarray(q16), np.ascontiguousarray(qv)
     o = np.empty(q16.shape, np.float32)
     _attend(be.threads, q16, qv, k8, ku, v8, vu, count, q16.shape[3] ** -0.5 if scale is None else scale, o)
     return o

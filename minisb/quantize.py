@@ -1,0 +1,228 @@
+"""`python -m minisb quantize RUN --out DIR`: a trained run as W8ASpike (report, section 3.3 and appendix A.8).
+
+Weights become int8, activations spike counts.  Both choices that rounding leaves open are made by looking
+at what the projections really read, on texts of the training set:
+
+- where to cut off a row's largest weights, from a small grid, by the error of the row's output;
+- k of each input, the fineness of its spikes, from a small grid: the smallest whose output is no further from the
+  float output than is usual in this model at the k it was trained with.  So the error, not the
+  threshold, is the same everywhere.  It is kept if it lowers the loss on those texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minisb import checkpoint
+from minisb.data import batch, eval_batches, load_tokens
+from minisb.errors import MinisbError
+from minisb.model import SpikingBrain
+from minisb.ops.w8aspike import GROUP, dequantize_weight, quantize_weight, w8aspike_linear
+from minisb.quantized import GATE, GATE_PAIR, INT8, SCALES, empty_tensors, input_names, matrix_shapes, store_of
+
+HELP = "a trained run with int8 weights and spike counts (W8ASpike), for sample.py --quantized"
+K_GRID = (2.0, 2.5, 3.0, 3.5, 4.0)
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a row's largest weights; 1 first, so that it wins ties
+KEPT_ROWS = 2048  # tokens on which outputs are compared
+LOSS_TOKENS = 1 << 16  # of the validation text
+TRIAL_TEXTS = 16  # of the calibration texts, to choose between the two sets of k
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder that train_small.py wrote")
+    add("--out", required=True, metavar="DIR", help="folder of the quantised run, which sample.py reads")
+    add("--group", choices=("128", "row"), default="128", help="inputs that share a scale (default: %(default)s)")
+    add("--quantize-embedding", action="store_true", help="embedding and head as int8 too, one scale a row")
+    add("--texts", type=int, default=128, metavar="N", help="training texts to calibrate on (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads to compute with (default: every core)")
+
+
+def main(args) -> int:
+    if args.texts < 1:
+        raise MinisbError(f"--texts must be at least 1, got {args.texts}.")
+    settings = checkpoint.load_config(args.run)
+    if "quantized" in settings:
+        raise MinisbError(f"{args.run} is quantised already.")
+    if checkpoint.is_run(args.out):
+        raise MinisbError(f"{args.out} already holds a run: give another --out.")
+    model = checkpoint.load_model(args.run, "cpu", threads=args.threads)
+    data = load_tokens(settings["training"].get("data", "stdlib"), model.tokenizer)
+    group = GROUP if args.group == "128" else None
+    texts = list(sequences(data.train, model.config, args.texts, settings["training"].get("seed", 0)))
+    tensors, section, notes = quantize(model, texts, group, args.quantize_embedding)
+    section["group"] = args.group if group is None else group
+
+    out = Path(args.out)
+    model.tokenizer.save(out / checkpoint.TOKENIZER)
+    checkpoint.save_quantized(out, tensors)
+    checkpoint.save_config(
+        out, model.config, settings["training"], model.tokenizer, settings.get("data"), quantized=section
+    )
+    small = checkpoint.load_model(out, threads=args.threads)  # what was written, not what was meant
+    found = report(model, small, data.val) | notes | {"out": str(out)}
+    print(text(found))
+    print(json.dumps(found))
+    return 0
+
+
+def sequences(tokens, c, texts: int, seed: int) -> Iterator:
+    """`texts` sequences of T tokens of the training text, one by one: inputs and targets (1,T)."""
+    for i in range(texts):
+        yield batch(tokens, 1, c.seq_len, seed, i)
+
+
+def quantize(model: SpikingBrain, texts: list, group: int | None, embedding: bool = False):
+    """-> tensors of the quantised file, the section of config.json without its group, notes for people."""
+    inputs = Inputs(model, texts)
+    tensors = empty_tensors(model.specs, group, embedding)
+    weights = float_matrices(model, embedding)
+    for name, w in weights.items():
+        product = inputs.products.get(inputs.read_by.get(name))  # None for embedding and head: nothing is cut off
+        tensors[name + INT8], tensors[name + SCALES] = _quantize_rows(w, _row_group(name, group), product)
+    for name in (n for n in tensors if not n.endswith((INT8, SCALES))):
+        tensors[name][...] = model.store.p[name]
+    same = dict.fromkeys(input_names(model.config), model.config.spike_k)
+    fitted = _fit_k(model, inputs, weights, tensors)
+    trial = texts[:TRIAL_TEXTS]
+    losses = [
+        mean_loss(SpikingBrain(model.config, model.be, store_of(dict(tensors), k)), trial) for k in (same, fitted)
+    ]
+    notes = {"loss_texts_same_k": losses[0], "loss_texts_fitted_k": losses[1], "k_fitted": losses[1] < losses[0]}
+    return tensors, {"embedding": embedding, "k": fitted if notes["k_fitted"] else same}, notes
+
+
+def float_matrices(model: SpikingBrain, embedding: bool) -> dict[str, np.ndarray]:
+    """Name -> fp32 matrix of everything that becomes int8; the gate's pair multiplied out."""
+    p, found = model.store.p, {}
+    for name in matrix_shapes(model.specs, embedding):
+        prefix = name.removesuffix(GATE)
+        found[name] = p[name] if name in p else p[prefix + GATE_PAIR[1]] @ p[prefix + GATE_PAIR[0]]
+    return found
+
+
+class Inputs:
+    """What each input of projections holds on the texts, in float mode.
+
+    products: input -> X^T X (I,I), with which the error of a row d of weight errors is d X^T X d^T.
+    rows: input -> some of its rows (n,I).  read_by: matrix -> its input.
+    """
+
+    def __init__(self, model: SpikingBrain, texts: list):
+        self.products, self.rows = {}, {}
+        short = {"q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight", "o": "o_proj.weight", "gk": GATE}
+        short |= {"gate": "gate_proj.weight", "up": "up_proj.weight", "down": "down_proj.weight"}
+        self.matrices = {}
+        for name in input_names(model.config):
+            prefix, _, readers = name.rpartition(".")
+            self.matrices[name] = [f"{prefix}.{short[reader]}" for reader in readers.split("+")]
+        self.read_by = {matrix: name for name, matrices in self.matrices.items() for matrix in matrices}
+        self.every = max(1, sum(x.size for x, _ in texts) // KEPT_ROWS)
+        for x, _ in texts:
+            model.forward(x, tap=self._tap)
+        self.rows = {name: np.concatenate(parts) for name, parts in self.rows.items()}
+
+    def _tap(self, name, array):
+        if not name.endswith(".input"):
+            return
+        name, x = name.removesuffix(".input"), array.reshape(-1, array.shape[-1])
+        self.products[name] = self.products.get(name, 0) + (x.T @ x).astype(np.float64)
+        self.rows.setdefault(name, []).append(x[:: self.every].copy())
+
+
+def _row_group(name: str, group: int | None) -> int | None:
+    return group if name.startswith("layers.") else None
+
+
+def _quantize_rows(w, group, product):
+    """quantize_weight with the best of CLIPS for each row, by its output's error d X^T X d^T."""
+    if product is None:
+        return quantize_weight(w, group)
+    errors = []
+    for clip in CLIPS:
+        off = (dequantize_weight(*quantize_weight(w, group, clip), group) - w).astype(np.float64)
+        errors.append(((off @ product) * off).sum(1))
+    best = np.take(np.float32(CLIPS), np.argmin(errors, axis=0))
+    return quantize_weight(w, group, best[:, None])
+
+
+def _fit_k(model: SpikingBrain, inputs: Inputs, weights: dict, tensors: dict) -> dict[str, float]:
+    """Input -> k: the smallest of the grid that keeps its output as near as is usual at config.spike_k."""
+    grid = sorted({*K_GRID, model.config.spike_k})
+    errors = {}
+    for name, x in inputs.rows.items():
+        matrices = inputs.matrices[name]
+        exact = np.concatenate([x @ weights[m].T for m in matrices], axis=1)
+        errors[name] = []
+        for k in grid:
+            y = [w8aspike_linear(model.be, x, tensors[m + INT8], tensors[m + SCALES], k) for m in matrices]
+            off = np.concatenate(y, axis=1) - exact
+            errors[name].append(np.sqrt((off * off).mean() / max((exact * exact).mean(), 1e-30)))
+    usual = np.median([e[grid.index(model.config.spike_k)] for e in errors.values()])
+    return {
+        name: next((k for k, e in zip(grid, es, strict=True) if e <= usual), grid[-1]) for name, es in errors.items()
+    }
+
+
+# --- what came of it
+
+
+def mean_loss(model: SpikingBrain, batches, spike=False) -> float:
+    """Nats a token over (inputs, targets) pairs."""
+    total = read = 0
+    for x, y in batches:
+        total += y.size * float(model.loss(x, y, spike))
+        read += y.size
+    return total / read
+
+
+def report(model: SpikingBrain, small: SpikingBrain, val) -> dict:
+    """Losses on the validation text, bytes, and the counts that int8 did not hold."""
+    c = model.config
+    limit = max(1, LOSS_TOKENS // (c.batch_size * c.seq_len))
+
+    def batches():
+        return eval_batches(val, c.batch_size, c.seq_len, limit)
+
+    beyond = Beyond()
+    x, _ = next(batches())
+    small.forward(x, tap=beyond)
+    return {
+        "loss_float": mean_loss(model, batches()),
+        "loss_spike": mean_loss(model, batches(), True),
+        "loss_w8aspike": mean_loss(small, batches()),
+        "bytes_float": sum(x.nbytes for x in model.store.p.values()),
+        "bytes_w8aspike": small.store.nbytes,
+        "counts": beyond.seen,
+        "counts_beyond_int8": beyond.outside,
+    }
+
+
+class Beyond:
+    """A tap that counts the counts, and those beyond int8."""
+
+    seen = outside = 0
+
+    def __call__(self, name, count):
+        if name.endswith((".q.count", ".o.count", ".gate.count", ".down.count")):  # once for each input
+            self.seen += count.size
+            self.outside += int((np.abs(count) > 127).sum())
+
+
+def text(found: dict) -> str:
+    spike, small = found["loss_spike"], found["loss_w8aspike"]
+    before, after = found["bytes_float"], found["bytes_w8aspike"]
+    chosen = "one a projection" if found["k_fitted"] else "the one of training: others did not lower the loss"
+    return "\n".join((
+        f"weights        {before:,} bytes in fp32, {after:,} now: {after / before:.1%}",
+        f"loss           {found['loss_float']:.4f} float, {spike:.4f} with spikes, {small:.4f} W8ASpike: "
+        f"{small / spike - 1:+.2%} over spikes (nats a token of unseen text)",
+        f"k              {chosen} (on training texts {found['loss_texts_same_k']:.4f} before, "
+        f"{found['loss_texts_fitted_k']:.4f} after)",
+        f"beyond int8    {found['counts_beyond_int8']:,} of {found['counts']:,} spike counts, kept exactly in a list",
+        f"read it with   python sample.py {found['out']} --quantized",
+    ))  # fmt: skip

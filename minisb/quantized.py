@@ -1,0 +1,188 @@
+"""A quantised model's parameters and projections: what layers.py builds on instead of ParamStore and Projections.
+
+Every matrix inside the layers is int8 with fp32 scales (ops/w8aspike.py), and so, if asked for, are the
+embedding and the head, with one scale a row; norms and biases stay fp32.  The gate's low-rank pair is
+multiplied out into one matrix gk_proj.weight [G*D, C], as in the released files.  It holds more bytes
+than the pair (1 % of a model of 135M), and is worth them: the gate's rows stand below those of q, k and v,
+so that one product gives all four, and no half-way result needs a rounding of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minisb.errors import MinisbError
+from minisb.ops.w8aspike import GROUP, dequantize_weight, group_of, row_counts, w8aspike_linear
+
+#: The head's input is spike-coded too, with a finer threshold: every token is chosen by small
+#: differences between logits.  mean|x| / 24 leaves almost all counts inside int8.
+HEAD_K = 24.0
+GATE_PAIR, GATE, GATE_BIAS = ("gk_proj.0.weight", "gk_proj.1.weight"), "gk_proj.weight", "gk_proj.1.bias"
+INT8, SCALES = ".int8", ".scales"
+LINE = 64  # bytes of a cache line
+
+
+@dataclass
+class Int8Matrix:
+    """w8 int8 (O,I), scales fp32 (O,groups), and the k of the spikes that it reads."""
+
+    w8: np.ndarray
+    scales: np.ndarray
+    k: float = HEAD_K
+    dtype = np.dtype(np.float32)  # of what it stands for
+
+    @property
+    def nbytes(self) -> int:
+        return self.w8.nbytes + self.scales.nbytes
+
+    def product(self, be, x, b=None):
+        """x (...,I) -> y (...,O) = spikes(x) W^T + b."""
+        return w8aspike_linear(be, x, self.w8, self.scales, self.k, b)
+
+    def rows(self, tokens):
+        """Row `token` for each of tokens (B,T) -> fp32 (B,T,I)."""
+        scales = self.scales[tokens]
+        return dequantize_weight(self.w8[tokens], scales, group_of(self.w8.shape[1], scales.shape[-1]))
+
+
+class QuantizedStore:
+    """Parameters by name: fp32 arrays in p, matrices in int8.  No gradients.
+
+    k: for each input of projections ("layers.0.attn.q+k+v+gk") the k of its spikes.
+    """
+
+    def __init__(self, p: dict, int8: dict[str, Int8Matrix], k: dict[str, float]):
+        self.xp, self.p, self.int8, self.k = np, p, int8, k
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.p.values(), *self.int8.values()))
+
+    def rows(self, names: list[str]):
+        """(array or Int8Matrix, None for its gradient), several stacked along their first axis."""
+        if names[0] in self.int8:
+            return self.matrix(names, HEAD_K), None
+        return self.p[names[0]] if len(names) == 1 else np.concatenate([self.p[n] for n in names]), None
+
+    def matrix(self, names: list[str], k: float) -> Int8Matrix:
+        """Joined rows of several matrices; those become views of the result, so nothing is held twice."""
+        parts = [self.int8[name] for name in names]
+        if len(parts) == 1 and parts[0].w8.ctypes.data % LINE == 0:  # such as a tied head, which comes twice
+            parts[0].k = k
+            return parts[0]
+        joined = Int8Matrix(aligned([m.w8 for m in parts]), aligned([m.scales for m in parts]), k)
+        start = 0
+        for name, part in zip(names, parts, strict=True):
+            end = start + len(part.w8)
+            self.int8[name] = Int8Matrix(joined.w8[start:end], joined.scales[start:end], k)
+            start = end
+        return joined
+
+
+class QuantizedProjections:
+    """Projections of one common input by one int8 matrix: rows of q, then k, then v, ... All read spikes, always."""
+
+    def __init__(self, store: QuantizedStore, prefix: str, weights: dict[str, str], biases: tuple[str, ...] = ()):
+        """As Projections; the gate's first matrix means the merged one, with its bias."""
+        self.prefix = prefix
+        names = [f"{prefix}.{GATE if name == GATE_PAIR[0] else name}" for name in weights.values()]
+        self.matrix = store.matrix(names, store.k[input_name(prefix, weights)])
+        self.rows, start = {}, 0
+        for short, name in zip(weights, names, strict=True):
+            end = start + len(store.int8[name].w8)
+            self.rows[short] = slice(start, end)
+            start = end
+        self.b = None
+        if biases or "gk" in weights:
+            first = [store.p[f"{prefix}.{name}"] for name in biases]
+            self.b = np.zeros(start, np.float32)
+            self.b[: sum(b.size for b in first)] = np.concatenate([*first, np.empty(0, np.float32)])
+            if "gk" in weights:
+                self.b[self.rows["gk"]] = store.p[f"{prefix}.{GATE_BIAS}"]
+
+    def forward(self, ctx, x):
+        """x (B,T,I) -> y (B,T,O), None: there is no way back."""
+        if ctx.tap:
+            count = row_counts(x.reshape(-1, x.shape[-1]), self.matrix.k)[0].astype(np.float32).reshape(x.shape)
+            for name in self.rows:
+                ctx.tap(f"{self.prefix}.{name}.count", count)
+        return self.matrix.product(ctx.be, x, self.b), None
+
+    def backward(self, be, dy, saved):
+        raise MinisbError("a quantised model cannot be trained: go on with the run it was made from.")
+
+
+def input_name(prefix: str, shorts) -> str:
+    """What projections of one input are called together: layers.0.attn.q+k+v+gk."""
+    return f"{prefix}.{'+'.join(shorts)}"
+
+
+#: Projections that read one input, by the part of the layer that they end.
+QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
+
+
+def input_names(config) -> list[str]:
+    """Every input of projections of the model, in order."""
+    found = []
+    for i in range(config.layers):
+        first = (*QKV, "gk") if config.mixer(i) == "gla" else QKV
+        found += [input_name(f"layers.{i}.attn", first), input_name(f"layers.{i}.attn", ("o",))]
+        found += [input_name(f"layers.{i}.mlp", GATE_UP), input_name(f"layers.{i}.mlp", ("down",))]
+    return found
+
+
+def aligned(parts: list) -> np.ndarray:
+    """The parts below each other, in memory that starts on a cache line: no vector lies across two."""
+    shape, dtype = (sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype
+    size = int(np.prod(shape)) * dtype.itemsize
+    room = np.empty(size + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return np.concatenate(parts, out=room[start : start + size].view(dtype).reshape(shape))
+
+
+# --- which tensors there are
+
+
+def matrix_shapes(specs, embedding: bool) -> dict[str, tuple[int, int]]:
+    """Name -> shape of every matrix that is stored as int8."""
+    found, pair = {}, {}
+    for spec in specs:
+        layer, _, name = spec.name.rpartition(".attn.")
+        if name in GATE_PAIR:
+            pair[name] = spec.shape
+            if name == GATE_PAIR[1]:
+                found[f"{layer}.attn.{GATE}"] = (spec.shape[0], pair[GATE_PAIR[0]][1])
+        elif len(spec.shape) == 2 and (spec.name.startswith("layers.") or embedding):
+            found[spec.name] = spec.shape
+    return found
+
+
+def scale_groups(name: str, inputs: int, group: int | None) -> int:
+    """Scales of a row of the matrix: one for embedding and head."""
+    return 1 if group is None or not name.startswith("layers.") else -(-inputs // GROUP)
+
+
+def empty_tensors(specs, group: int | None, embedding: bool) -> dict[str, np.ndarray]:
+    """Every tensor of the file, not filled: NAME.int8 and NAME.scales, or NAME in fp32."""
+    matrices, tensors = matrix_shapes(specs, embedding), {}
+    for name, (rows, inputs) in matrices.items():
+        tensors[name + INT8] = np.empty((rows, inputs), np.int8)
+        tensors[name + SCALES] = np.empty((rows, scale_groups(name, inputs, group)), np.float32)
+    for spec in specs:
+        if spec.name not in matrices and not spec.name.endswith(GATE_PAIR):
+            tensors[spec.name] = np.empty(spec.shape, np.float32)
+    return tensors
+
+
+def store_of(tensors: dict, k: dict[str, float]) -> QuantizedStore:
+    """Tensors named as in the file -> a store.  Raises MinisbError for values that no quantisation makes."""
+    int8 = {}
+    for name in (n.removesuffix(INT8) for n in tensors if n.endswith(INT8)):
+        w8, scales = tensors[name + INT8], tensors[name + SCALES]
+        if w8.min() < -127 or not (np.isfinite(scales).all() and (scales > 0).all()):
+            raise MinisbError(f"the int8 matrix {name} is damaged: a weight is -128 or a scale is not above 0.")
+        int8[name] = Int8Matrix(w8, scales)
+    floats = {n: x for n, x in tensors.items() if not n.endswith((INT8, SCALES))}
+    return QuantizedStore(floats, int8, k)
