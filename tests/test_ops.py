@@ -5,15 +5,17 @@ import importlib
 import inspect
 import pkgutil
 
+import moe_cases
 import numpy as np
+import op_cases
 import pytest
 from conftest import backend_of, backends
-from op_cases import CASES
 
 import minisb.ops
 from minisb import gradcheck
 from minisb.backend import CpuBackend
 
+CASES = [*op_cases.CASES, *moe_cases.CASES]
 LENGTHS = [1, 63, 65]
 PAIRS = [("numpy", "numpy"), ("numpy", "cpu"), ("cpu", "numpy"), ("cpu", "cpu")]
 
@@ -164,7 +166,8 @@ def test_nan_survives(case, dtype):
             kept = a.flat[at]
             a.flat[at] = np.nan
             expected = run(case, reference, reference, x, upstream, grads)
-            assert any(np.isnan(value).any() for part in expected for value in part.values())
+            seen = any(np.isnan(value).any() for part in expected for value in part.values())
+            assert seen or case.name in moe_cases.UNREAD
             assert_nan_alike(case, run(case, cpu, cpu, x, upstream, grads), expected)
             a.flat[at] = kept
 

@@ -59,6 +59,39 @@ cdef inline void _backward_block(const real* dlog_g, const real* z, real divisor
         dz[i] = dlog_g[i] * sigmoid_real(-z[i]) / divisor
 
 
+def tied_gate_forward(be, z):
+    z = np.ascontiguousarray(z)
+    k, log_g = np.empty_like(z), np.empty_like(z)
+    if z.dtype == np.float32:
+        _tied[float](be.threads, z.reshape(-1), k.reshape(-1), log_g.reshape(-1))
+    else:
+        _tied[double](be.threads, z.reshape(-1), k.reshape(-1), log_g.reshape(-1))
+    return k, log_g, k
+
+
+cdef _tied(int threads, const real[::1] z, real[::1] k, real[::1] log_g):
+    cdef int64_t b, n = z.shape[0]
+    for b in prange((n + BLOCK - 1) // BLOCK, nogil=True, schedule="static", num_threads=team(threads, n)):
+        tied_gate(&z[b * BLOCK], &k[b * BLOCK], &log_g[b * BLOCK], min(BLOCK, n - b * BLOCK))
+
+
+def tied_gate_backward(be, dk, dlog_g, saved):
+    k, dk, dlog_g = (np.ascontiguousarray(x) for x in (saved, dk, dlog_g))
+    assert k.shape == dk.shape == dlog_g.shape
+    dz = np.empty_like(k)
+    if k.dtype == np.float32:
+        _tied_backward[float](be.threads, dk.reshape(-1), dlog_g.reshape(-1), k.reshape(-1), dz.reshape(-1))
+    else:
+        _tied_backward[double](be.threads, dk.reshape(-1), dlog_g.reshape(-1), k.reshape(-1), dz.reshape(-1))
+    return dz
+
+
+cdef _tied_backward(int threads, const real[::1] dk, const real[::1] dlog_g, const real[::1] k, real[::1] dz):
+    cdef int64_t b, n = k.shape[0]
+    for b in prange((n + BLOCK - 1) // BLOCK, nogil=True, schedule="static", num_threads=team(threads, n)):
+        tied_gate_back(&dk[b * BLOCK], &dlog_g[b * BLOCK], &k[b * BLOCK], &dz[b * BLOCK], min(BLOCK, n - b * BLOCK))
+
+
 def elementary(x):
     """e^x, and log(1 + x) where 0 <= x <= 1, as every native computes them: for tests of vmath.h."""
     e, l = np.empty_like(x), np.empty_like(x)
@@ -78,4 +111,9 @@ cdef _elementary(const real[::1] x, real[::1] e, real[::1] l):
         pe[i], pl[i] = exp_real(px[i]), log1p_real(px[i])
 
 
-TWINS = {"log_gate_forward": log_gate_forward, "log_gate_backward": log_gate_backward}
+TWINS = {
+    "log_gate_forward": log_gate_forward,
+    "log_gate_backward": log_gate_backward,
+    "tied_gate_forward": tied_gate_forward,
+    "tied_gate_backward": tied_gate_backward,
+}

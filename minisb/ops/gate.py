@@ -1,4 +1,4 @@
-"""The gate of linear attention: log g = logsigmoid(z) / divisor (7B)."""
+"""The gates of linear attention: log g = logsigmoid(z) / divisor (7B), or tied to the key, g = 1 - k (76B)."""
 
 from minisb.backend import op
 from minisb.ops.swiglu import sigmoid
@@ -19,3 +19,26 @@ def log_gate_backward(be, dlog_g, saved):
     """dlog_g (...) -> dz (...) = dlog_g * sigmoid(-z) / divisor."""
     z, divisor = saved
     return dlog_g * sigmoid(be, -z) / divisor
+
+
+@op
+def tied_gate_forward(be, z):
+    """The gate tied to the key: z (...) -> k = sigmoid(z), log_g = log(1 - k) (76B: g = 1 - k).
+
+    A channel forgets as much as it writes.  From z, because 1 - k is 0 in fp32 from z = 17 on:
+        log g = log(1 - sigmoid(z)) = -softplus(z) = -max(z, 0) - log(1 + e^-|z|)
+    saved: k.
+    """
+    xp = be.xp
+    k = sigmoid(be, z)
+    return k, -xp.maximum(z, 0) - xp.log1p(xp.exp(-xp.abs(z))), k
+
+
+@op
+def tied_gate_backward(be, dk, dlog_g, saved):
+    """dk, dlog_g (...) -> dz (...).
+
+    dk/dz = k (1 - k) and dlog_g/dz = -k, so dz = dk k (1 - k) - dlog_g k.
+    """
+    k = saved
+    return k * (dk * (1 - k) - dlog_g)
