@@ -34,7 +34,6 @@ extern "C" __global__ void embedding_backward(
         const int place = start + threadIdx.x;
         const bool same = place < N && tokens[place] == token;
         const unsigned in_warp = __ballot_sync(FULL_WARP, same);
-        __syncthreads();  // the last tile's places have been read
         if (lane() == 0) of_warp[threadIdx.x / 32] = __popc(in_warp);
         __syncthreads();
         int before = 0, found = 0;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minisb import blas, native
-from minisb.backend import Backend, CpuBackend, default_threads
+from minisb import blas, gpu, native
+from minisb.backend import Backend, CpuBackend, choose, default_threads
 from minisb.config import Config
 from minisb.errors import MinisbError
 from minisb.model import SpikingBrain
@@ -183,7 +182,8 @@ def _step_ms(be) -> float:
     model = SpikingBrain(PROBE, be)
     model.store.initialise(0)
     tokens = np.random.default_rng(0).integers(0, PROBE.vocab, (PROBE.batch_size, PROBE.seq_len + 1))
-    return _best_ms(lambda: model.loss_and_backward(tokens[:, :-1], tokens[:, 1:]), 3)
+    x, y = be.xp.asarray(tokens[:, :-1]), be.xp.asarray(tokens[:, 1:])
+    return _best_ms(lambda: float(model.loss_and_backward(x, y)), 3)  # float: a GPU has then finished
 
 
 # --- threads that wait by spinning
@@ -221,14 +221,27 @@ def spin_times(be, calls: int = 30) -> tuple[float, float]:
 
 
 def check_gpu():
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    yield Line("gpu", gpu.replace("\n", "; ") or "no NVIDIA driver (nvidia-smi is not there or sees no GPU)")
-    yield Line("cupy", _cupy())
+    smi = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    known = gpu.driver()
+    cuda = f"; the driver knows CUDA {known[0] // 1000}.{known[0] % 1000 // 10}" if known else ""
+    seen = smi.replace("\n", "; ") or "no NVIDIA driver (nvidia-smi is not there or sees no GPU)"
+    yield Line("gpu", f"{seen}{cuda}")
+    wheels = ", ".join(f"{name} {version}" for name, version in gpu.installed().items())
+    yield Line("cupy", wheels or "not installed (only a GPU needs it)")
+    reason, mend = gpu.trouble()
+    if mend:
+        yield Line("gpu", f"not used: {reason}", mend)
+    elif not reason:
+        yield from _gpu_at_work()
 
 
-def _cupy() -> str:
-    installed = [d for d in importlib.metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy")]
-    return ", ".join(f"{d.metadata['Name']} {d.version}" for d in installed) or "not installed (only a GPU needs it)"
+def _gpu_at_work():
+    """Compile (or take from the cache), launch, multiply: one training step on the GPU."""
+    try:
+        be, why = choose("cuda")
+        yield Line("kernels", f"{why}; the same small training step takes {_step_ms(be):.1f} ms")
+    except Exception as error:  # whatever stands in the way is the finding
+        yield Line("kernels", f"do not run: {' '.join(str(error).split())[:300]}", "python train_small.py --device cpu")
 
 
 def check_files():

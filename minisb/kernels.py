@@ -211,6 +211,14 @@ def uses(log: str) -> list[Use]:
     return [Use(kernel, int(n), int(stack), int(spilled)) for kernel, stack, spilled, n in re.findall(pattern, log)]
 
 
+def has_compiler() -> bool:
+    """Whether the packages of the extra `cuda-check` are here."""
+    try:
+        return importlib.util.find_spec("cuda.bindings.nvrtc") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def check(targets=ARCHITECTURES, elements=ELEMENTS, stems=None, jobs: int = 2):
     """Compile everything, `jobs` at a time.  Yields (target, element, stem, uses); raises CompileError."""
     compiler = BindingsNvrtc()
@@ -235,7 +243,7 @@ def main(argv=None) -> int:
     parser.add_argument("--file", nargs="+", choices=list(files()), help="kernel files (default: all)")
     parser.add_argument("--verbose", action="store_true", help="registers and local memory of every kernel")
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    if not has_compiler():
         print('error: the compiler is not installed: pip install "minisb[cuda-check]"', file=sys.stderr)
         return 2
     began, compiled, heavy = time.perf_counter(), 0, set()

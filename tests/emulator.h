@@ -5,10 +5,11 @@
 // missing barrier changes results.  Speed, memory order between warps and alignment are not emulated.
 #pragma once
 #include <cmath>
-#include <cstdint>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <ucontext.h>
 #include <vector>
 
@@ -48,10 +49,11 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 namespace emulator {
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // how it begins; afterwards jumps are used, which need no system call
+    jmp_buf place;
     std::vector<char> stack = std::vector<char>(1 << 16);
     dim3 index;
-    bool done;
+    bool begun = false, done;
 };
 
 // Threads that wait for each other: all of a block, or those of a warp.  The last to arrive opens the gate.
@@ -75,10 +77,11 @@ struct Group {
     }
 };
 
-static std::vector<Fiber> fibers;
+static std::deque<Fiber> fibers;  // a deque: fibers must not move
 static std::vector<Group> warps;
 static Group block;
-static ucontext_t scheduler;
+static ucontext_t unused;
+static jmp_buf scheduler;
 static int current;
 static void (*body)(void**);
 static void** arguments;
@@ -87,7 +90,18 @@ static bool backwards;
 inline int number() { return current; }
 inline Group& warp() { return warps[current / 32]; }
 
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void yield()
+{
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber)
+{
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    swapcontext(&unused, &fiber.context);
+}
 
 inline void wait(Group& group)
 {
@@ -98,17 +112,30 @@ inline void wait(Group& group)
 
 inline void start()
 {
-    body(arguments);
-    fibers[current].done = true;
-    block.leave();
-    warp().leave();
-    yield();
+    for (;;) {  // a fiber serves one thread after the other
+        body(arguments);
+        fibers[current].done = true;
+        block.leave();
+        warp().leave();
+        yield();
+    }
+}
+
+inline void add_fiber()
+{
+    fibers.emplace_back();
+    Fiber& fiber = fibers.back();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, start, 0);
 }
 
 inline void run_block()
 {
     const int count = blockDim.x * blockDim.y * blockDim.z;
-    if ((int)fibers.size() < count) fibers.resize(count);
+    while ((int)fibers.size() < count) add_fiber();
     block = Group();
     block.members = count;
     warps.assign((count + 31) / 32, Group());
@@ -116,11 +143,6 @@ inline void run_block()
         warps[i / 32].members++;
         fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
         fibers[i].done = false;
-        getcontext(&fibers[i].context);
-        fibers[i].context.uc_stack.ss_sp = fibers[i].stack.data();
-        fibers[i].context.uc_stack.ss_size = fibers[i].stack.size();
-        fibers[i].context.uc_link = nullptr;
-        makecontext(&fibers[i].context, start, 0);
     }
     for (int left = count; left > 0;) {
         const int before = left, rounds = block.round;
@@ -130,7 +152,7 @@ inline void run_block()
             if (fibers[current].done) continue;
             threadIdx = fibers[current].index;
             const int arrived = block.arrived + warp().arrived + warp().round;
-            swapcontext(&scheduler, &fibers[current].context);
+            resume(fibers[current]);
             moved += arrived != block.arrived + warp().arrived + warp().round;
             left -= fibers[current].done;
         }

@@ -22,7 +22,7 @@ from minisb.gpu import Launcher
 
 HEADER = Path(__file__).with_name("emulator.h")
 COMPILER = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
-FLAGS = ("-x", "c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing")
+FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-fno-strict-aliasing")
 NO_COMPILER = "no C++ compiler"
 
 
