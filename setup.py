@@ -23,6 +23,8 @@ else:
     FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-fopenmp"]
     # Our rows are short: a call of memset costs more than the row it clears.
     FLAGS += ["-fno-tree-loop-distribute-patterns", "-g0"]
+    # Python's own flags make integers wrap round; then the compiler cannot simplify an index.
+    FLAGS += ["-fno-wrapv"]
     LINK = ["-fopenmp"]
 
 # W8ASpike promises the same bits on every machine: its sums keep the order in which they are written.

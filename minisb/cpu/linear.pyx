@@ -6,6 +6,8 @@ and a thread.  None cuts a sum by the number of threads, so 1, 2 and 4 threads g
 and BLAS's own pool of threads, which would fight with OpenMP's, stays asleep.
 """
 
+import threading
+
 import numpy as np
 
 from cython.parallel cimport prange
@@ -43,7 +45,7 @@ def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False
     assert out.shape == (m, n) and a.dtype == b.dtype == out.dtype
     a, b = _rows(a), _rows(b)
     if STRIPS_PAY and m >= 4 * TILE_ROWS and m * n * k > 1 << 15:
-        packed = _aligned(k * (n + TILE_BYTES // a.itemsize), a.dtype)
+        packed = _room("packed", k * (n + TILE_BYTES // a.itemsize), a.dtype)
         if a.dtype == np.float32:
             _by_strips[float](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, a.dtype)
         else:
@@ -55,10 +57,18 @@ def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False
     return out
 
 
-def _aligned(size, dtype):
-    """Room for `size` values that starts on a cache line: a vector never lies across two."""
-    room = np.empty(size + 64 // dtype.itemsize, dtype)
-    return room[-room.ctypes.data % 64 // dtype.itemsize :]
+_kept = threading.local()
+
+
+def _room(str name, int64_t size, dtype):
+    """Room for `size` values, kept for the next product: its memory is in cache then.  It starts on a
+    cache line, so that a vector never lies across two."""
+    rooms = _kept.__dict__
+    room = rooms.get((name, dtype))
+    if room is None or room.size < size:
+        room = np.empty(size + 64 // dtype.itemsize, dtype)
+        room = rooms[name, dtype] = room[-room.ctypes.data % 64 // dtype.itemsize :]
+    return room
 
 
 def _rows(x):
@@ -74,7 +84,8 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
     cdef int64_t columns = TILE_BYTES // sizeof(real)
     cdef int64_t panels = (n + columns - 1) // columns, strips = (m + TILE_ROWS - 1) // TILE_ROWS
     cdef int used = threads if m * n * k > 1 << 18 else 1
-    cdef real[:, ::1] own = _aligned(used * (BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16), dtype).reshape(used, -1)
+    cdef int64_t share = BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16
+    cdef real[::1] own = _room("own", used * share, dtype)
     for i in prange(used, nogil=True, schedule="static", num_threads=used):
         if real is float:
             gemm_pack_float(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
@@ -83,10 +94,10 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
     for i in prange(used, nogil=True, schedule="static", num_threads=used):
         if real is float:
             gemm_strips_float(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
-                              strips * i // used, strips * (i + 1) // used, &own[i, 0])
+                              strips * i // used, strips * (i + 1) // used, &own[i * share])
         else:
             gemm_strips_double(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
-                               strips * i // used, strips * (i + 1) // used, &own[i, 0])
+                               strips * i // used, strips * (i + 1) // used, &own[i * share])
 
 
 cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, bint tb, bint accumulate,
