@@ -2,7 +2,7 @@
 
 import pytest
 
-from lessons._ci import fences, mutants, proofs, texts
+from lessons._ci import exports, fences, mutants, notebooks, proofs, texts
 from lessons._lib.book import check_lesson, lesson
 from lessons._lib.checks import close, exact
 from lessons._lib.sandbox import StudentFile
@@ -64,3 +64,19 @@ def test_messages_are_chinese_on_request(monkeypatch):
     source = lesson("04").exercise.read_text(encoding="utf-8")
     with StudentFile(source, "04.py") as stub:
         assert "还没有写" in str(next(check_lesson(lesson("04"), stub)))
+
+
+def test_notebooks_are_what_the_texts_give():
+    assert notebooks.not_rebuilt() == []
+
+
+def test_graders_write_down_what_was_earned_so_far():
+    assert exports.unfinished() == []
+
+
+def test_the_files_for_otter_and_nbgrader_grade():
+    assert exports.notebook_graders() == []
+
+
+def test_a_course_refuses_pasted_code():
+    assert exports.course() == []

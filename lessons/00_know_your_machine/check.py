@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 
-from lessons._lib import desk
 from lessons._lib.language import say
 from lessons._lib.pictures import REFERENCE, STUDENT
 
@@ -47,31 +46,24 @@ def uses(D: int = 128, context: int = 4096) -> dict[str, float]:
     }
 
 
-def show(plt) -> int:
+def show(student, plt):
+    """Prints the two speeds and what models need.  -> the picture, or nothing more in text.  (No student's code.)"""
     multiplied, fetched = measure()
     balance = multiplied / fetched
     print(
         say(
-            f"multiply-adds:    {multiplied / 1e9:8.1f} billion a second, in a matrix product",
-            f"乘加：      {multiplied / 1e9:8.1f} 十亿次/秒（矩阵乘法中）",
-        )
-    )
-    print(
-        say(
-            f"numbers fetched:  {fetched / 1e9:8.1f} billion a second, from memory (float32)",
-            f"读取数值：  {fetched / 1e9:8.1f} 十亿个/秒（从内存读 float32）",
-        )
-    )
-    print(
-        say(
+            f"multiply-adds:    {multiplied / 1e9:8.1f} billion a second, in a matrix product\n"
+            f"numbers fetched:  {fetched / 1e9:8.1f} billion a second, from memory (float32)\n"
             f"so this machine can do {balance:.0f} multiply-adds while it fetches one number.",
+            f"乘加：      {multiplied / 1e9:8.1f} 十亿次/秒（矩阵乘法中）\n"
+            f"读取数值：  {fetched / 1e9:8.1f} 十亿个/秒（从内存读 float32）\n"
             f"也就是说，这台机器每读取一个数，可以做 {balance:.0f} 次乘加。",
         )
     )
     for name, count in uses().items():
         print(f"  {name:<32}{count:8.1f}")
     if plt is None:
-        return 0
+        return ""
     figure, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
     ax.barh(list(uses()), list(uses().values()), color=REFERENCE)
     ax.axvline(balance, color=STUDENT)
@@ -79,9 +71,4 @@ def show(plt) -> int:
     ax.set_xscale("log")
     ax.set_xlabel("multiply-adds for each number fetched")
     ax.invert_yaxis()
-    desk.folder().mkdir(parents=True, exist_ok=True)
-    picture = desk.folder() / "00.png"
-    figure.savefig(picture)
-    plt.close(figure)
-    print(say("picture ", "图片 ") + str(picture))
-    return 0
+    return figure

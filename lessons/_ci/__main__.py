@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
-from lessons._ci import fences, proofs, texts
+from lessons._ci import exports, fences, notebooks, proofs, texts
 
 
 def sections():
@@ -20,6 +20,13 @@ def sections():
     yield "symbols and links resolve", texts.unresolved
     yield "the texts' examples run", texts.broken_examples
     yield "code is equal in both languages, exercises and hints are complete", texts.differing_code
+    yield "notebooks are rebuilt byte for byte", notebooks.not_rebuilt
+    yield "notebooks run, as stubs and solved", notebooks.failing
+    yield "the Gradescope export grades right, wrong, hanging and nosy submissions", exports.gradescope
+    yield "Gradescope's results are written after every test", exports.unfinished
+    yield "the pytest export grades right, wrong and hanging submissions", exports.pytest
+    yield "otter's and nbgrader's files, read by small readers", exports.notebook_graders
+    yield "a course states its conventions and refuses pasted code", exports.course
     yield "every text is there in Chinese", texts.missing_translations
 
 

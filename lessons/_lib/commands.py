@@ -215,11 +215,12 @@ def hint(args) -> int:
 def show(args) -> int:
     found = lesson(args.number)
     plt = pictures.pyplot()
-    if not found.functions():
-        return found.check.show(plt)
-    path = desk.need(found)
-    print(say("showing ", "正在画出 ") + str(path))
-    with open_student(found, path) as student:
+    source = ""
+    if found.functions():
+        path = desk.need(found)
+        source = path.read_text(encoding="utf-8")
+        print(say("showing ", "正在画出 ") + str(path))
+    with StudentFile(source, f"{found.number}.py", found.refused()) as student:
         try:
             drawn = found.check.show(student.function, plt)
         except StudentFailed as failed:
@@ -229,7 +230,8 @@ def show(args) -> int:
         print(drawn)
         print(say('(for a picture: pip install -e ".[lessons]")', '（要图片请运行：pip install -e ".[lessons]"）'))
         return OK
-    picture = path.with_suffix(".png")
+    desk.folder().mkdir(parents=True, exist_ok=True)
+    picture = desk.folder() / f"{found.number}.png"
     drawn.savefig(picture)
     plt.close(drawn)
     print(say("picture ", "图片 ") + str(picture))

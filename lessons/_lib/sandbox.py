@@ -16,7 +16,7 @@ from lessons._lib.calls import StudentFailed
 from lessons._lib.language import language, say
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 15  # for all calls of one check together
+SECONDS = float(os.environ.get("MINISB_SECONDS", 15))  # for all calls of one check together
 MEMORY_MB = 1024  # of address space, of which NumPy alone maps a third
 NOBODY = 65534
 
@@ -25,11 +25,14 @@ class StudentFile:
     """The student's file, in a process of its own that is started when it is first needed.
 
     refused: modules of the package that the file may not use.
+    stderr: where the student's prints go, as subprocess takes it; None shows them.
     as_nobody: give up root's rights in that process (graders run as root).
     """
 
-    def __init__(self, source: str, name: str, refused=(), seconds: float = SECONDS, as_nobody: bool = False):
-        self.seconds, self.process = seconds, None
+    def __init__(
+        self, source: str, name: str, refused=(), seconds: float = SECONDS, as_nobody: bool = False, stderr=None
+    ):
+        self.seconds, self.process, self.stderr = seconds, None, stderr
         nobody = NOBODY if as_nobody and hasattr(os, "geteuid") and os.geteuid() == 0 else None
         self.settings = {
             "name": name,
@@ -78,6 +81,7 @@ class StudentFile:
             [sys.executable, "-m", "lessons._lib.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.stderr,
             cwd=ROOT,
             env={**os.environ, **one_thread, "MINISB_LANG": language()},
             start_new_session=True,
