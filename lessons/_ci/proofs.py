@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 
-from lessons._ci import adapters, mutants
+from lessons._ci import (
+    adapters,
+    mutants,
+    mutants_spikes,  # noqa: F401  (registers its mutants)
+)
 from lessons._lib.book import check_lesson, lesson, lessons
 from lessons._lib.calls import StudentFailed, careful
 from lessons._lib.checks import Result
