@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: dev test lint bench package clean
+.PHONY: dev test lint bench exports package clean
 
 dev: $(BIN)/pytest
 
@@ -18,6 +18,12 @@ lint: dev
 
 bench: dev
 	$(BIN)/python -m minisb bench
+
+# The lessons' exports, run by the real otter-grader and nbgrader (large: not part of CI).
+exports:
+	$(PYTHON) -m venv $(VENV)-exports
+	$(VENV)-exports/bin/pip install -q "numpy>=1.24" "matplotlib>=3.7" otter-grader "nbgrader>=0.9"
+	$(VENV)-exports/bin/python -m lessons._ci.real
 
 package:
 	PYTHON=$(PYTHON) sh tests/package.sh

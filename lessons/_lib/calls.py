@@ -59,8 +59,8 @@ def call_carefully(function, args):
     except MemoryError:
         raise StudentFailed("memory") from None
     except Exception as error:
-        refused = "refused" if getattr(error, "is_refusal", False) or "lessons refuse" in str(error) else "raised"
-        raise StudentFailed(refused, describe(error)) from None
+        kind = "refused" if getattr(error, "is_refusal", False) else "raised"
+        raise StudentFailed(kind, describe(error)) from None
     if value is None:
         raise StudentFailed("nothing", say("Does every path end in `return`?", "每条路径都以 return 结束吗？"))
     for place, (before, after) in enumerate(zip(kept, args, strict=True)):

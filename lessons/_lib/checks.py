@@ -40,7 +40,7 @@ class Limit:
         return say(
             f"limit {self.value:.0e}, {self.metric} in {self.dtype}: "
             f"right answers stay under {self.right:.0e}, the nearest wrong one reaches {self.wrong:.1g}",
-            f"限值 {self.value:.0e}（{self.dtype}，{self.metric}，即相对均方根误差）："
+            f"限值 {self.value:.0e}（{self.dtype}，相对均方根误差）："
             f"正确答案低于 {self.right:.0e}，最接近的错误答案达到 {self.wrong:.1g}",
         )
 

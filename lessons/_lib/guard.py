@@ -43,7 +43,7 @@ def refuse(modules: tuple[str, ...]):
             )
         if event in FILES:
             for name in args:
-                if isinstance(name, (str, bytes)) and files.search(_absolute(name)):
+                if isinstance(name, (str, bytes)) and files.search(os.path.realpath(os.fsdecode(name))):
                     raise Refusal(_reason(os.path.basename(os.fsdecode(name))))
 
     sys.addaudithook(hook)
@@ -73,8 +73,3 @@ def _pattern(modules):
         *folders, name = map(re.escape, module.split("."))
         each.append(r"[/\\]".join([*folders, rf"(__pycache__[/\\])?{name}([./\\]|$)"]))
     return re.compile("|".join(each) or r"(?!)")
-
-
-def _absolute(name) -> str:
-    text = os.fsdecode(name)
-    return text if "." in text and not os.path.exists(text) else os.path.realpath(text)

@@ -17,6 +17,7 @@ from lessons._lib.language import language, say
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = float(os.environ.get("MINISB_SECONDS", 15))  # for all calls of one check together
+STARTUP = 120  # for Python and NumPy to be there, which is not the student's matter
 MEMORY_MB = 1024  # of address space, of which NumPy alone maps a third
 NOBODY = 65534
 
@@ -88,6 +89,15 @@ class StudentFile:
         )
         self.answers = queue.Queue()
         threading.Thread(target=_read_lines, args=(self.process.stdout, self.answers), daemon=True).start()
+        try:
+            self.answers.get(timeout=STARTUP)
+        except queue.Empty:
+            self.close()
+            text = say(
+                "Python did not start in time: is this machine very busy?", "Python 没能及时启动：机器是不是很忙？"
+            )
+            raise StudentFailed("stopped", text) from None
+        self.deadline = time.monotonic() + self.seconds
         self._ask(self.settings)
 
     def _ask(self, message: dict) -> dict:
