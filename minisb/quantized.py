@@ -67,12 +67,15 @@ class QuantizedStore:
         return self.p[names[0]] if len(names) == 1 else np.concatenate([self.p[n] for n in names]), None
 
     def matrix(self, names: list[str], k: float) -> Int8Matrix:
-        """Joined rows of several matrices; those become views of the result, so nothing is held twice."""
+        """Joined rows of several matrices; those become views of the result, so nothing is held twice.
+
+        Scales are kept column after column, as a product reads them.
+        """
         parts = [self.int8[name] for name in names]
         if len(parts) == 1 and parts[0].w8.ctypes.data % LINE == 0:  # such as a tied head, which comes twice
             parts[0].k = k
             return parts[0]
-        joined = Int8Matrix(aligned([m.w8 for m in parts]), aligned([m.scales for m in parts]), k)
+        joined = Int8Matrix(aligned([m.w8 for m in parts]), np.asfortranarray(np.concatenate([m.scales for m in parts])), k)
         start = 0
         for name, part in zip(names, parts, strict=True):
             end = start + len(part.w8)

@@ -10,16 +10,16 @@
 
    A path for AVX-VNNI would be one more `sums`: s + 128 against w, less 128 times w's sum over the group.
 
-   A product reads its weights once, two rows side by side, and nothing else of any size: with one token it
-   runs at the speed of memory.  With many tokens the two rows stay in the first cache.  Asking for weights
-   AHEAD bytes early helps even though they are read in order: the processor's own guess ends with a page. */
+   A product reads its weights once, four rows side by side, and nothing else of any size: with one token it
+   runs at the speed of memory.  With many tokens the four rows stay in the first cache.  Asking for weights
+   AHEAD bytes early, in the order of memory, is what makes it so: alone, the processor does not follow four rows. */
 #ifndef MINISB_W8ASPIKE_H
 #define MINISB_W8ASPIKE_H
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 128, EIGHT = 8, LANES = 32, COUNT_MAX = 1 << 17, SMALL = 31, AHEAD = 6144 };
+enum { BLOCK = 128, FOUR = 4, LANES = 32, COUNT_MAX = 1 << 17, SMALL = 31, AHEAD = 6144 };
 
 /* What the counts beyond int8 exceed it by: channels in order, ended by one at INT32_MAX. */
 typedef struct {
@@ -36,7 +36,7 @@ typedef struct {
 
 typedef struct {
     const int8_t *w;     /* (O, I) */
-    const float *scales; /* (O, groups) */
+    const float *scales; /* (groups, O): those of neighbouring rows lie side by side */
     const float *b;      /* (O) or NULL */
     int64_t O, I, groups; /* groups: I / 128, rounded up, or 1 */
 } Matrix;
@@ -125,42 +125,44 @@ static inline __attribute__((always_inline)) float to_int8_body(const float *res
 
 /* ---- the product --------------------------------------------------------------------------------- */
 
-/* Two rows of weights, from channel `at` on, times n <= 8 * 128 counts: a sum for each block of 128. */
+/* Channels at to at + n, n <= 128, of four rows of weights, times the counts. */
 static inline __attribute__((always_inline)) void sums_portable(const int8_t *const *w, const Spikes *x, int64_t at,
-                                                                int64_t n, int32_t sums[2][EIGHT]) {
-    for (int r = 0; r < 2; r++)
-        for (int64_t start = 0; start < n; start += BLOCK) {
-            int32_t sum = 0, size = (int32_t)(n - start < BLOCK ? n - start : BLOCK);
-            for (int i = 0; i < size; i++) sum += (int32_t)w[r][at + start + i] * x->s[at + start + i];
-            sums[r][start / BLOCK] = sum;
-        }
+                                                                int64_t n, int32_t *sums) {
+    for (int r = 0; r < FOUR; r++) {
+        int32_t sum = 0, size = (int32_t)n;
+        for (int i = 0; i < size; i++) sum += (int32_t)w[r][at + i] * x->s[at + i];
+        sums[r] = sum;
+    }
 }
 
-/* Two rows of y = vth * sum over groups of scale * (w s) + b, for one token. */
+/* `rows` <= 4 rows of y = vth * sum over groups of scale * (w s) + b, for one token. */
 #define DEFINE_ROWS(PATH, TARGET)                                                                                \
-    TARGET static void rows_##PATH(const Matrix *m, const int64_t *row, const Spikes *x, float *y) {             \
-        const int8_t *w[2] = {m->w + row[0] * m->I, m->w + row[1] * m->I};                                       \
-        const float *scales[2] = {m->scales + row[0] * m->groups, m->scales + row[1] * m->groups};               \
+    TARGET static void rows_##PATH(const Matrix *m, int64_t row, int rows, const Spikes *x, float *y) {          \
+        const int8_t *w[FOUR];                                                                                   \
+        const float *scale = m->scales + row;                                                                    \
         const Rest *rest = x->rest;                                                                              \
-        float total[2] = {0, 0};                                                                                 \
-        int32_t sums[2][EIGHT], whole[2] = {0, 0}; /* of the row, where it has one scale */                      \
-        for (int64_t at = 0; at < m->I; at += EIGHT * BLOCK) {                                                   \
-            int64_t n = m->I - at < EIGHT * BLOCK ? m->I - at : EIGHT * BLOCK, blocks = (n + BLOCK - 1) / BLOCK; \
+        float total[FOUR] = {0};                                                                                 \
+        int32_t sums[FOUR], whole[FOUR] = {0}; /* of the row, where it has one scale */                          \
+        for (int r = 0; r < FOUR; r++) w[r] = m->w + (r < rows ? row + r : row) * m->I;                          \
+        for (int64_t at = 0; at < m->I; at += BLOCK) {                                                           \
+            int64_t n = m->I - at < BLOCK ? m->I - at : BLOCK;                                                   \
             sums_##PATH(w, x, at, n, sums);                                                                      \
             for (; rest->channel < at + n; rest++)                                                               \
-                for (int r = 0; r < 2; r++)                                                                      \
-                    sums[r][(rest->channel - at) / BLOCK] += w[r][rest->channel] * rest->value;                  \
+                for (int r = 0; r < FOUR; r++) sums[r] += w[r][rest->channel] * rest->value;                     \
             if (m->groups == 1) {                                                                                \
-                for (int64_t g = 0; g < blocks; g++) whole[0] += sums[0][g], whole[1] += sums[1][g];             \
-                continue;                                                                                        \
+                for (int r = 0; r < FOUR; r++) whole[r] += sums[r];                                              \
+            } else if (rows == FOUR) {                                                                           \
+                for (int r = 0; r < FOUR; r++) total[r] += (float)sums[r] * scale[r];                            \
+                scale += m->O;                                                                                   \
+            } else {                                                                                             \
+                for (int r = 0; r < rows; r++) total[r] += (float)sums[r] * scale[r];                            \
+                scale += m->O;                                                                                   \
             }                                                                                                    \
-            for (int64_t g = 0; g < blocks; g++)                                                                 \
-                for (int r = 0; r < 2; r++) total[r] += (float)sums[r][g] * scales[r][at / BLOCK + g];           \
         }                                                                                                        \
-        for (int r = 0; r < 2; r++) {                                                                            \
-            if (m->groups == 1) total[r] += (float)whole[r] * scales[r][0];                                      \
+        for (int r = 0; r < rows; r++) {                                                                         \
+            if (m->groups == 1) total[r] += (float)whole[r] * scale[r];                                          \
             total[r] *= x->vth;                                                                                  \
-            y[row[r]] = m->b ? total[r] + m->b[row[r]] : total[r];                                               \
+            y[row + r] = m->b ? total[r] + m->b[row + r] : total[r];                                             \
         }                                                                                                        \
     }
 
@@ -244,33 +246,20 @@ AVX2 static inline __m256i any_block(const int8_t *w, const int8_t *s, const int
     return sum;
 }
 
-/* Eight vectors of eight sums each -> their eight totals. */
-AVX2 static inline __m256i totals(const __m256i *sum) {
-    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
-    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[4], sum[5]), _mm256_hadd_epi32(sum[6], sum[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-}
-
-AVX2 static inline void sums_avx2(const int8_t *const *w, const Spikes *x, int64_t at, int64_t n,
-                                  int32_t sums[2][EIGHT]) {
-    __m256i sum[2][EIGHT];
-    const int8_t *left = w[0] + at, *right = w[1] + at, *s = x->s + at, *magnitude = x->magnitude + at;
-    const int8_t *small = x->small + at / BLOCK;
-    for (int g = 0; g < EIGHT; g++, left += BLOCK, right += BLOCK, s += BLOCK, magnitude += BLOCK, n -= BLOCK) {
-        for (int line = 0; line < BLOCK; line += 64) {
-            _mm_prefetch((const char *)left + AHEAD + line, _MM_HINT_T0);
-            _mm_prefetch((const char *)right + AHEAD + line, _MM_HINT_T0);
-        }
-        if (n >= BLOCK && small[g]) {
-            sum[0][g] = small_block(left, s, magnitude);
-            sum[1][g] = small_block(right, s, magnitude);
-        } else {
-            int64_t size = n < 0 ? 0 : n < BLOCK ? n : BLOCK;
-            sum[0][g] = any_block(left, s, magnitude, size);
-            sum[1][g] = any_block(right, s, magnitude, size);
-        }
+AVX2 static inline void sums_avx2(const int8_t *const *w, const Spikes *x, int64_t at, int64_t n, int32_t *sums) {
+    __m256i sum[FOUR];
+    const int8_t *s = x->s + at, *magnitude = x->magnitude + at;
+    /* The four rows are one stretch of memory, to be asked for from its beginning to its end. */
+    _Pragma("GCC unroll 8") for (int line = 0; line < FOUR * BLOCK; line += 64)
+        _mm_prefetch((const char *)w[0] + FOUR * at + AHEAD + line, _MM_HINT_T0);
+    if (n == BLOCK && x->small[at / BLOCK]) {
+        _Pragma("GCC unroll 4") for (int r = 0; r < FOUR; r++) sum[r] = small_block(w[r] + at, s, magnitude);
+    } else {
+        for (int r = 0; r < FOUR; r++) sum[r] = any_block(w[r] + at, s, magnitude, n);
     }
-    for (int r = 0; r < 2; r++) _mm256_storeu_si256((__m256i *)sums[r], totals(sum[r]));
+    __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+    __m128i all = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    _mm_storeu_si128((__m128i *)sums, all);
 }
 
 DEFINE_PATH(avx2, AVX2)
@@ -281,7 +270,7 @@ typedef struct {
     void (*spike)(const float *, Spikes *, int64_t, float, float, float);
     float (*query)(const float *, int16_t *, int64_t, float, float, float);
     float (*to_int8)(const float *, int8_t *, int64_t);
-    void (*rows)(const Matrix *, const int64_t *, const Spikes *, float *);
+    void (*rows)(const Matrix *, int64_t, int, const Spikes *, float *);
     void (*attend)(const int16_t *, const float *, const int8_t *, const float *, const int8_t *, const float *,
                    int64_t, int64_t, int64_t, int64_t, float, float *, float *);
 } Path;
@@ -312,10 +301,9 @@ static Spikes spikes_in(int8_t *room, int64_t I) {
 /* Rows first to last of the product for all N tokens x -> y (N, O). */
 static void product(const Path *path, const Matrix *m, int64_t first, int64_t last, int64_t N, const Spikes *x,
                     float *y) {
-    for (int64_t r = first; r < last; r += 2) {
-        int64_t row[2] = {r, r + 1 < last ? r + 1 : r}; /* an odd last row stands beside itself */
-        for (int64_t t = 0; t < N; t++) path->rows(m, row, x + t, y + t * m->O);
-    }
+    for (int64_t row = first; row < last; row += FOUR)
+        for (int64_t t = 0; t < N; t++)
+            path->rows(m, row, (int)(last - row < FOUR ? last - row : FOUR), x + t, y + t * m->O);
 }
 
 /* Reads n bytes and does next to nothing with them: the speed limit of a product.  n a multiple of 256. */

@@ -136,19 +136,20 @@ def w8aspike_linear(be, x, w8, scales, k, b=None):
     y = np.empty((*shape[: len(shape) - 1], O), np.float32)
     if y.size:
         counts = _counts(be.threads, np.ascontiguousarray(x).reshape(-1, I), k)
-        _product(be.threads, w8, scales, b, counts, y.reshape(-1))
+        _product(be.threads, w8, np.asfortranarray(scales).T, b, counts, y.reshape(-1))
     return y
 
 
 cdef _product(int threads, const int8_t[:, ::1] w, const float[:, ::1] scales, float[::1] b, Counts x, float[::1] y):
+    """scales (groups,O).  A thread takes whole fours of rows."""
     cdef Matrix m
-    cdef int64_t i, O = w.shape[0], N = x.N
+    cdef int64_t i, O = w.shape[0], N = x.N, fours = (O + 3) // 4
     cdef const Spikes* of = x.of
     cdef int used = team(threads, N * O * x.C // 8)
-    m.w, m.scales, m.O, m.I, m.groups = &w[0, 0], &scales[0, 0], O, x.C, scales.shape[1]
+    m.w, m.scales, m.O, m.I, m.groups = &w[0, 0], &scales[0, 0], O, x.C, scales.shape[0]
     m.b = NULL if b is None else &b[0]
     for i in prange(used, nogil=True, schedule="static", num_threads=used):
-        product(&path, &m, O * i // used, O * (i + 1) // used, N, of, &y[0])
+        product(&path, &m, 4 * (fours * i // used), min(O, 4 * (fours * (i + 1) // used)), N, of, &y[0])
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -201,7 +202,7 @@ cdef _attend(int threads, const int16_t[:, :, :, ::1] q, const float[:, :, ::1] 
 
 # --------------------------------------------------------------------------------------- the limit
 
-def read(be, x):
+def read_all(be, x):
     """Read all of x (a flat uint64 array) by all threads and return a sum: the speed limit of a product."""
     cdef const uint64_t[::1] values = x
     cdef int64_t n = values.shape[0] // 32, i
