@@ -10,13 +10,15 @@
 // Shapes: q, o (B,T,H,D); k, v (B,T,G,D); log_g (B,T,G,D) wide; states wide, key axis first: (B,G,D,D), and
 // (B,N,G,D,D) for those before each chunk.  The H/G query heads of a group read one state.
 // Grid: x is a state (b, g), y a group of columns or rows of it.  `parts` neighbouring lanes share a column
-// (16 rows each) or a row (8 columns each).
+// (16 rows each) or a row (8 columns each).  A walk waits for memory at every token; so a block first brings
+// as many tokens as fit into shared memory.
 // Bytes: q, k, v, g, o once a block, from cache after the first; the saved states are T/16 D^2 a state, written
 // in forward and read in backward.
 
 constexpr int ROWS = 16;     // of a column, held by one thread
 constexpr int COLUMNS = 8;   // of a row, held by one thread
 constexpr int CHUNK = 16;    // tokens between two saved states, at most
+constexpr int STAGE = 32768 / sizeof(wide);  // numbers in shared memory
 
 // decay = e^log_g, so that the walks, which read each of them many times, need no exponential.
 extern "C" __global__ void gla_decay(const wide* log_g, wide* decay, i64 N)
@@ -24,18 +26,38 @@ extern "C" __global__ void gla_decay(const wide* log_g, wide* decay, i64 N)
     for (EACH(i, N)) decay[i] = exp(log_g[i]);
 }
 
-// Which state, and which column or row of it, this thread works on.
+// Which state, and which column or row of it, this thread works on; how tokens lie in shared memory.
 struct Place {
-    int b, g, part;
-    i64 line;  // the column or row
-    __device__ Place(int G, int parts)
+    int T, H, G, D, R, b, g, parts, part, line, padded;
+    __device__ Place(int T, int H, int G, int D, int parts, int per_thread)
+        : T(T), H(H), G(G), D(D), R(H / G), b(blockIdx.x / G), g(blockIdx.x % G), parts(parts), part(lane() % parts),
+          line((blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * (32 / parts) + lane() / parts),
+          padded(parts * per_thread)
     {
-        b = blockIdx.x / G;
-        g = blockIdx.x % G;
-        part = lane() % parts;
-        line = ((i64)blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * (32 / parts) + lane() / parts;
     }
+    __device__ bool inside() const { return line < D; }
+    // This state's matrix among those of all b, g; and its saved state before chunk n.
+    __device__ i64 state() const { return (i64)blockIdx.x * D * D; }
+    __device__ i64 saved(i64 n, i64 chunks) const { return ((b * chunks + n) * G + g) * D * D; }
+    // Token t in arrays of G heads and of H heads (the first of this group's R).
+    __device__ i64 kv(i64 t) const { return ((b * (i64)T + t) * G + g) * D; }
+    __device__ i64 qo(i64 t) const { return ((b * (i64)T + t) * H + g * R) * D; }
+    // A token in shared memory: g | k | v | R heads of q | R heads of do, each padded with zeros, so that no
+    // inner loop asks where D ends.
+    __device__ int size() const { return (3 + 2 * R) * padded; }
+    __device__ int most() const { return STAGE / size(); }
 };
+
+// `count` tokens of `heads` heads come into shared memory; `step` numbers lie between two tokens of `from`.
+template <typename number>
+__device__ inline void bring(const Place& at, wide* to, const number* from, i64 step, int heads, int count)
+{
+    const int width = heads * at.padded;
+    for (int i = threadIdx.x; i < count * width; i += blockDim.x) {
+        const int token = i / width, head = i % width / at.padded, c = i % at.padded;
+        to[token * at.size() + head * at.padded + c] = c < at.D ? (wide)from[token * step + head * at.D + c] : 0;
+    }
+}
 
 // first is null or the state before the first token; final may be the same array.  states is null (decoding)
 // or gets the state before each chunk.
@@ -43,67 +65,90 @@ extern "C" __global__ void gla_forward(
     const real* q, const real* k, const real* v, const wide* decay, const wide* first, real* o, wide* final,
     wide* states, int T, int H, int G, int D, wide scale, int chunk, int parts)
 {
-    const Place at(G, parts);
-    const int R = H / G, row = at.part * ROWS, e = at.line;
-    const bool inside = e < D;
-    const i64 state = (i64)blockIdx.x * D * D, chunks = (T + chunk - 1) / chunk;
-    wide S[ROWS];
-    for (int i = 0; i < ROWS; i++)
-        S[i] = first && inside && row + i < D ? first[state + (row + i) * D + e] : 0;
-    for (int t = 0; t < T; t++) {
-        if (states && inside && t % chunk == 0) {
-            wide* saved = states + ((at.b * chunks + t / chunk) * G + at.g) * D * D;
-            for (int i = 0; i < ROWS; i++)
-                if (row + i < D) saved[(row + i) * D + e] = S[i];
-        }
-        const i64 kv = (((i64)at.b * T + t) * G + at.g) * D, qo = (((i64)at.b * T + t) * H + at.g * R) * D;
-        const wide value = inside ? (wide)v[kv + e] : 0;
-        for (int i = 0; i < ROWS; i++)
-            if (row + i < D) S[i] = decay[kv + row + i] * S[i] + (wide)k[kv + row + i] * value;
-        for (int r = 0; r < R; r++) {
-            wide sum = 0;
-            for (int i = 0; i < ROWS; i++)
-                if (row + i < D) sum += (wide)q[qo + r * D + row + i] * S[i];
-            sum = lanes_sum(sum, parts);
-            if (at.part == 0 && inside) o[qo + r * D + e] = scale * sum;
+    __shared__ wide stage[STAGE];
+    const Place at(T, H, G, D, parts, ROWS);
+    const int e = at.line, P = at.padded;
+    const i64 chunks = (T + chunk - 1) / chunk;
+    wide S[ROWS];  // rows part, part + parts, ... of column e
+    for (int i = 0; i < ROWS; i++) {
+        const int d = at.part + i * parts;
+        S[i] = first && at.inside() && d < D ? first[at.state() + (i64)d * D + e] : 0;
+    }
+    for (int t0 = 0; t0 < T; t0 += at.most()) {
+        const int count = T - t0 < at.most() ? T - t0 : at.most();
+        __syncthreads();
+        bring(at, stage, decay + at.kv(t0), G * D, 1, count);
+        bring(at, stage + P, k + at.kv(t0), G * D, 1, count);
+        bring(at, stage + 2 * P, v + at.kv(t0), G * D, 1, count);
+        bring(at, stage + 3 * P, q + at.qo(t0), H * D, at.R, count);
+        __syncthreads();
+        for (int n = 0; n < count; n++) {
+            const int t = t0 + n;
+            if (states && t % chunk == 0)
+                for (int i = 0; i < ROWS; i++) {
+                    const int d = at.part + i * parts;
+                    if (at.inside() && d < D) states[at.saved(t / chunk, chunks) + (i64)d * D + e] = S[i];
+                }
+            const wide *g_t = stage + n * at.size() + at.part, *k_t = g_t + P, *q_t = g_t + 3 * P;
+            const wide v_t = at.inside() ? stage[n * at.size() + 2 * P + e] : 0;
+            for (int i = 0; i < ROWS; i++) S[i] = g_t[i * parts] * S[i] + k_t[i * parts] * v_t;
+            for (int r = 0; r < at.R; r++, q_t += P) {
+                wide sum = 0;
+                for (int i = 0; i < ROWS; i++) sum += q_t[i * parts] * S[i];
+                sum = lanes_sum(sum, parts);
+                if (at.part == 0 && at.inside()) o[at.qo(t) + r * D + e] = scale * sum;
+            }
         }
     }
-    for (int i = 0; i < ROWS; i++)
-        if (inside && row + i < D) final[state + (row + i) * D + e] = S[i];
+    for (int i = 0; i < ROWS; i++) {
+        const int d = at.part + i * parts;
+        if (at.inside() && d < D) final[at.state() + (i64)d * D + e] = S[i];
+    }
 }
 
 // The walk backwards, by columns.  With dS the gradient of S_t, summed from the future and from o_t,
 //   dS += scale q_t^T do_t,   dv_t = k_t dS,   dS <- g_t dS
 // dfinal is null or the gradient of the final state; dfirst is that of the first.
 extern "C" __global__ void gla_backward_columns(
-    const real* o_grad, const real* q, const real* k, const wide* decay, const wide* dfinal, real* dv, wide* dfirst,
+    const real* d_o, const real* q, const real* k, const wide* decay, const wide* dfinal, real* dv, wide* dfirst,
     int T, int H, int G, int D, wide scale, int parts)
 {
-    const Place at(G, parts);
-    const int R = H / G, row = at.part * ROWS, e = at.line;
-    const bool inside = e < D;
-    const i64 state = (i64)blockIdx.x * D * D;
+    __shared__ wide stage[STAGE];
+    const Place at(T, H, G, D, parts, ROWS);
+    const int e = at.line, P = at.padded;
     wide dS[ROWS];
-    for (int i = 0; i < ROWS; i++)
-        dS[i] = dfinal && inside && row + i < D ? dfinal[state + (row + i) * D + e] : 0;
-    for (int t = T - 1; t >= 0; t--) {
-        const i64 kv = (((i64)at.b * T + t) * G + at.g) * D, qo = (((i64)at.b * T + t) * H + at.g * R) * D;
-        for (int r = 0; r < R; r++) {
-            const wide d = inside ? scale * (wide)o_grad[qo + r * D + e] : 0;
-            for (int i = 0; i < ROWS; i++)
-                if (row + i < D) dS[i] += (wide)q[qo + r * D + row + i] * d;
-        }
-        wide sum = 0;
-        for (int i = 0; i < ROWS; i++)
-            if (row + i < D) {
-                sum += (wide)k[kv + row + i] * dS[i];
-                dS[i] *= decay[kv + row + i];
-            }
-        sum = lanes_sum(sum, parts);
-        if (at.part == 0 && inside) dv[kv + e] = sum;
+    for (int i = 0; i < ROWS; i++) {
+        const int d = at.part + i * parts;
+        dS[i] = dfinal && at.inside() && d < D ? dfinal[at.state() + (i64)d * D + e] : 0;
     }
-    for (int i = 0; i < ROWS; i++)
-        if (inside && row + i < D) dfirst[state + (row + i) * D + e] = dS[i];
+    for (int end = T; end > 0; end -= at.most()) {
+        const int t0 = end > at.most() ? end - at.most() : 0;
+        __syncthreads();
+        bring(at, stage, decay + at.kv(t0), G * D, 1, end - t0);
+        bring(at, stage + P, k + at.kv(t0), G * D, 1, end - t0);
+        bring(at, stage + 3 * P, q + at.qo(t0), H * D, at.R, end - t0);
+        bring(at, stage + (3 + at.R) * P, d_o + at.qo(t0), H * D, at.R, end - t0);
+        __syncthreads();
+        for (int t = end - 1; t >= t0; t--) {
+            const wide *token = stage + (t - t0) * at.size(), *g_t = token + at.part, *k_t = g_t + P;
+            for (int r = 0; r < at.R; r++) {
+                const wide* q_t = g_t + (3 + r) * P;
+                const wide do_t = at.inside() ? scale * token[(3 + at.R + r) * P + e] : 0;
+                for (int i = 0; i < ROWS; i++) dS[i] += q_t[i * parts] * do_t;
+            }
+            wide sum = 0;
+            for (int i = 0; i < ROWS; i++) {
+                sum += k_t[i * parts] * dS[i];
+                dS[i] *= g_t[i * parts];
+            }
+            sum = lanes_sum(sum, parts);
+            if (at.part == 0 && at.inside()) dv[at.kv(t) + e] = sum;
+        }
+    }
+    for (int i = 0; i < ROWS; i++) {
+        const int d = at.part + i * parts;
+        if (at.inside() && d < D) dfirst[at.state() + (i64)d * D + e] = dS[i];
+    }
 }
 
 // The walk backwards, by rows.
@@ -111,57 +156,77 @@ extern "C" __global__ void gla_backward_columns(
 // A state cannot be won back from its successor (the decay may be 0), so each chunk is first walked forward
 // from its saved state, keeping S of every token.
 extern "C" __global__ void gla_backward_rows(
-    const real* o_grad, const real* q, const real* k, const real* v, const wide* decay, const wide* states,
+    const real* d_o, const real* q, const real* k, const real* v, const wide* decay, const wide* states,
     const wide* dfinal, real* dq, real* dk, wide* dlog_g, int T, int H, int G, int D, wide scale, int chunk, int parts)
 {
-    const Place at(G, parts);
-    const int R = H / G, d = at.line, column = at.part * COLUMNS;
-    const bool inside = d < D, writes = inside && at.part == 0;
-    const i64 state = (i64)blockIdx.x * D * D, chunks = (T + chunk - 1) / chunk;
-    wide S[COLUMNS], dS[COLUMNS], before[CHUNK][COLUMNS];
-    for (int j = 0; j < COLUMNS; j++)
-        dS[j] = dfinal && inside && column + j < D ? dfinal[state + (i64)d * D + column + j] : 0;
-
+    __shared__ wide stage[STAGE];
+    const Place at(T, H, G, D, parts, COLUMNS);
+    const int d = at.line, P = at.padded, most = at.most() < chunk ? at.most() : chunk;
+    const bool writes = at.inside() && at.part == 0;
+    const i64 chunks = (T + chunk - 1) / chunk;
+    wide S[COLUMNS], dS[COLUMNS], before[CHUNK][COLUMNS];  // columns part, part + parts, ... of row d
+    for (int j = 0; j < COLUMNS; j++) {
+        const int e = at.part + j * parts;
+        dS[j] = dfinal && at.inside() && e < D ? dfinal[at.state() + (i64)d * D + e] : 0;
+    }
     for (i64 n = chunks - 1; n >= 0; n--) {
-        const int start = n * chunk, end = start + chunk < T ? start + chunk : T;
-        const wide* saved = states + ((at.b * chunks + n) * G + at.g) * D * D + (i64)d * D + column;
-        for (int j = 0; j < COLUMNS; j++) S[j] = inside && column + j < D ? saved[j] : 0;
-        for (int t = start; t < end; t++) {
-            const i64 kv = (((i64)at.b * T + t) * G + at.g) * D;
-            const wide g = inside ? decay[kv + d] : 0, key = inside ? (wide)k[kv + d] : 0;
-            for (int j = 0; j < COLUMNS; j++) {
-                before[t - start][j] = S[j];
-                if (column + j < D) S[j] = g * S[j] + key * (wide)v[kv + column + j];
+        const int start = n * chunk, stop = start + chunk < T ? start + chunk : T;
+        for (int j = 0; j < COLUMNS; j++) {
+            const int e = at.part + j * parts;
+            S[j] = at.inside() && e < D ? states[at.saved(n, chunks) + (i64)d * D + e] : 0;
+        }
+        for (int t0 = start; t0 < stop; t0 += most) {
+            const int count = stop - t0 < most ? stop - t0 : most;
+            __syncthreads();
+            bring(at, stage, decay + at.kv(t0), G * D, 1, count);
+            bring(at, stage + P, k + at.kv(t0), G * D, 1, count);
+            bring(at, stage + 2 * P, v + at.kv(t0), G * D, 1, count);
+            __syncthreads();
+            for (int t = t0; t < t0 + count; t++) {
+                const wide *token = stage + (t - t0) * at.size(), *v_t = token + 2 * P + at.part;
+                const wide g_t = at.inside() ? token[d] : 0, k_t = at.inside() ? token[P + d] : 0;
+                for (int j = 0; j < COLUMNS; j++) {
+                    before[t - start][j] = S[j];
+                    S[j] = g_t * S[j] + k_t * v_t[j * parts];
+                }
             }
         }
-        for (int t = end - 1; t >= start; t--) {
-            const i64 kv = (((i64)at.b * T + t) * G + at.g) * D, qo = (((i64)at.b * T + t) * H + at.g * R) * D;
-            for (int r = 0; r < R; r++) {
-                const wide query = inside ? scale * (wide)q[qo + r * D + d] : 0;
-                wide sum = 0;
-                for (int j = 0; j < COLUMNS; j++)
-                    if (column + j < D) {
-                        const wide d_o = o_grad[qo + r * D + column + j];
-                        sum += S[j] * d_o;
-                        dS[j] += query * d_o;
+        for (int end = stop; end > start; end -= most) {
+            const int t0 = end - start > most ? end - most : start;
+            __syncthreads();
+            bring(at, stage, decay + at.kv(t0), G * D, 1, end - t0);
+            bring(at, stage + P, k + at.kv(t0), G * D, 1, end - t0);
+            bring(at, stage + 2 * P, v + at.kv(t0), G * D, 1, end - t0);
+            bring(at, stage + 3 * P, q + at.qo(t0), H * D, at.R, end - t0);
+            bring(at, stage + (3 + at.R) * P, d_o + at.qo(t0), H * D, at.R, end - t0);
+            __syncthreads();
+            for (int t = end - 1; t >= t0; t--) {
+                const wide *token = stage + (t - t0) * at.size(), *v_t = token + 2 * P + at.part;
+                for (int r = 0; r < at.R; r++) {
+                    const wide *do_t = token + (3 + at.R + r) * P + at.part;
+                    const wide q_t = at.inside() ? scale * token[(3 + r) * P + d] : 0;
+                    wide sum = 0;
+                    for (int j = 0; j < COLUMNS; j++) {
+                        sum += S[j] * do_t[j * parts];
+                        dS[j] += q_t * do_t[j * parts];
                     }
-                sum = lanes_sum(sum, parts);
-                if (writes) dq[qo + r * D + d] = scale * sum;
-            }
-            const wide g = inside ? decay[kv + d] : 0;
-            wide key_sum = 0, gate_sum = 0;
-            for (int j = 0; j < COLUMNS; j++)
-                if (column + j < D) {
-                    key_sum += dS[j] * (wide)v[kv + column + j];
-                    dS[j] *= g;
+                    sum = lanes_sum(sum, parts);
+                    if (writes) dq[at.qo(t) + r * D + d] = scale * sum;
+                }
+                const wide g_t = at.inside() ? token[d] : 0;
+                wide key_sum = 0, gate_sum = 0;
+                for (int j = 0; j < COLUMNS; j++) {
+                    key_sum += dS[j] * v_t[j * parts];
+                    dS[j] *= g_t;
                     S[j] = before[t - start][j];
                     gate_sum += S[j] * dS[j];
                 }
-            key_sum = lanes_sum(key_sum, parts);
-            gate_sum = lanes_sum(gate_sum, parts);
-            if (writes) {
-                dk[kv + d] = key_sum;
-                dlog_g[kv + d] = gate_sum;
+                key_sum = lanes_sum(key_sum, parts);
+                gate_sum = lanes_sum(gate_sum, parts);
+                if (writes) {
+                    dk[at.kv(t) + d] = key_sum;
+                    dlog_g[at.kv(t) + d] = gate_sum;
+                }
             }
         }
     }

@@ -110,7 +110,7 @@ class CudaBackend(Backend):
 
     def launch(self, kernel: str, like, blocks, threads, *args):
         """Run a kernel in its version for arrays of the dtype of `like`; see gpu.Launcher.launch."""
-        self.device.launch(kernel, like.dtype.name, blocks, threads, *args)
+        self.device.launch(kernel, like.dtype, blocks, threads, *args)
 
 
 def default_threads() -> int:

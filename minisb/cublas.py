@@ -7,6 +7,7 @@ a product can be recorded into a graph, and gives equal bits in every run: one s
 from __future__ import annotations
 
 import ctypes
+import functools
 
 from minisb.errors import MinisbError
 
@@ -51,12 +52,18 @@ class Cublas:
         self.library = library()
         self.handle = ctypes.c_void_p()
         self._check(self.library.cublasCreate_v2(ctypes.byref(self.handle)), "cublasCreate")
+        self._gemm = self.library.cublasGemmEx
+        number, pointer = ctypes.c_int, ctypes.c_void_p
+        operand = [pointer, number, number]  # where, its type, elements from row to row
+        self._gemm.argtypes = (
+            [pointer] + 5 * [number] + [pointer, *operand, *operand, pointer, *operand, number, number]
+        )
         self.workspace = cupy.cuda.alloc(WORKSPACE)
         self.stream = None
-        self._factors = {  # 1 and 0 in the type that sums have
-            "float32": (ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0))),
-            "float64": (ctypes.byref(ctypes.c_double(1)), ctypes.byref(ctypes.c_double(0))),
-        }
+        # 1 and 0 in the type that sums have; index: whether that is double
+        self._factors = [
+            [ctypes.byref(number(factor)) for factor in (1, 0)] for number in (ctypes.c_float, ctypes.c_double)
+        ]
 
     def gemm(self, a, b, out=None, ta=False, tb=False, accumulate=False):
         """op(a) @ op(b) for matrices whose rows may be apart; see Backend.gemm.
@@ -75,16 +82,15 @@ class Cublas:
             return out
         a, a_step, ta = self._rows(a, ta)
         b, b_step, tb = self._rows(b, tb)
-        kind = "float64" if a.dtype == "float64" else "float32"
-        one, zero = self._factors[kind]
-        compute = _COMPUTE_64F if kind == "float64" else _COMPUTE_TF32 if self.tf32 else _COMPUTE_32F
+        double = a.dtype.itemsize == 8
+        one, zero = self._factors[double]
+        compute = _COMPUTE_64F if double else _COMPUTE_TF32 if self.tf32 else _COMPUTE_32F
         self._use_current_stream()
         # cuBLAS counts by columns: our rows are its columns, so it is asked for out^T = op(b)^T op(a)^T.
-        status = self.library.cublasGemmEx(
+        status = self._gemm(
             self.handle, _TRANSPOSE if tb else _NO, _TRANSPOSE if ta else _NO, n, m, k, one,
-            ctypes.c_void_p(b.data.ptr), _TYPES[b.dtype.name], b_step,
-            ctypes.c_void_p(a.data.ptr), _TYPES[a.dtype.name], a_step, one if accumulate else zero,
-            ctypes.c_void_p(out.data.ptr), _TYPES[out.dtype.name], _step(out), compute, _DEFAULT_ALGORITHM,
+            b.data.ptr, _type(b.dtype), b_step, a.data.ptr, _type(a.dtype), a_step, one if accumulate else zero,
+            out.data.ptr, _type(out.dtype), _step(out), compute, _DEFAULT_ALGORITHM,
         )  # fmt: skip
         self._check(status, "cublasGemmEx")
         return out
@@ -112,6 +118,11 @@ class Cublas:
     def _check(status: int, call: str):
         if status:
             raise MinisbError(f"{call} failed with cuBLAS status {status}.")
+
+
+@functools.cache
+def _type(dtype) -> int:
+    return _TYPES[dtype.name]
 
 
 def _shape(x, transposed):

@@ -43,8 +43,8 @@ class Launcher:
         """An array as a kernel takes it, after a look at where it lies; None is a null pointer."""
         raise NotImplementedError
 
-    def launch(self, name: str, element: str, blocks, threads, *args):
-        """Run kernel `name`, compiled for arrays of dtype `element`.
+    def launch(self, name: str, element, blocks, threads, *args):
+        """Run kernel `name`, compiled for arrays of `element`, a dtype.
 
         blocks, threads: an int or a tuple of up to three.  args: arrays, None for a null pointer where
         the kernel allows it, numbers, and Rows(array) for a matrix whose rows are apart.
@@ -61,12 +61,12 @@ class Launcher:
         if all(blocks):  # an empty array needs no block
             function(blocks, threads, packed)
 
-    def _prepare(self, name: str, element: str):
-        stem, parameters = kernels.signatures()[name]
-        functions = self.load(stem, element)
+    def _prepare(self, name: str, element):
+        stem, _ = kernels.signatures()[name]
+        functions = self.load(stem, element.name)
         for kernel, (its_stem, declared) in kernels.signatures().items():
             if its_stem == stem:
-                typed = tuple((p, _dtype(p.type, element, p.array)) for p in declared)
+                typed = tuple((p, _dtype(p.type, element.name, p.array)) for p in declared)
                 self._ready[kernel, element] = functions[kernel], typed
         return self._ready[name, element]
 

@@ -24,7 +24,7 @@ CHUNK = 16  # tokens between two saved states of linear attention (CHUNK in cuda
 
 def _wide(x) -> str:
     """The dtype that kernels compute in, and keep statistics and parameter gradients in."""
-    return "float64" if x.dtype == "float64" else "float32"
+    return "float64" if x.dtype.itemsize == 8 else "float32"
 
 
 def _contiguous(be, *arrays):
@@ -264,7 +264,7 @@ def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_
 
 
 def gla_forward(be, q, k, v, log_g, state=None, scale=None, chunk=CHUNK):
-    if k.shape[3] > LARGEST_HEAD:
+    if not _walkable(q, k):
         return gla.gla_forward.reference(be, q, k, v, log_g, state, scale, chunk)
     q, k, v, log_g, state = _contiguous(be, q, k, v, log_g, state)
     B, T, G, D = k.shape
@@ -276,7 +276,7 @@ def gla_forward(be, q, k, v, log_g, state=None, scale=None, chunk=CHUNK):
 
 
 def gla_step(be, q, k, v, log_g, state, scale=None):
-    if k.shape[3] > LARGEST_HEAD:
+    if not _walkable(q, k):
         return gla.gla_step.reference(be, q, k, v, log_g, state, scale)
     q, k, v, log_g = _contiguous(be, q, k, v, log_g)
     scale = k.shape[3] ** -0.5 if scale is None else scale
@@ -287,7 +287,7 @@ def gla_step(be, q, k, v, log_g, state, scale=None):
 
 def gla_backward(be, do, dstate, saved):
     q, k, v, log_g, scale, chunk, states = saved
-    if k.shape[3] > LARGEST_HEAD:
+    if not _walkable(q, k):
         return gla.gla_backward.reference(be, do, dstate, saved)
     if chunk > CHUNK:  # more than a thread keeps: walk once more, saving oftener
         return gla_backward(be, do, dstate, gla_forward(be, q, k, v, log_g, states[:, 0], scale)[2])
@@ -303,6 +303,13 @@ def gla_backward(be, do, dstate, saved):
     inputs = do, q, k, v, decay, states, dstate
     be.launch("gla_backward_rows", q, blocks, threads, *inputs, dq, dk, dlog_g, *sizes, chunk, parts)
     return dq, dk, dv, dlog_g, dfirst
+
+
+def _walkable(q, k) -> bool:
+    """Whether one token of a group fits into a block's shared memory (STAGE in cuda/gla.cu)."""
+    padded = 8 << (-(-k.shape[3] // 8) - 1).bit_length()
+    heads = 3 + 2 * (q.shape[2] // k.shape[2])
+    return k.shape[3] <= LARGEST_HEAD and heads * max(padded, 16) * (8 if q.dtype.itemsize == 8 else 4) <= 32768
 
 
 def _decay(be, q, log_g):
@@ -374,7 +381,7 @@ def _sizes(q, k, window):
 
 def _tiles(q, count: int) -> int:
     """TILE in cuda/attention.cu."""
-    return -(-count // (32 if q.dtype == "float64" else 64))
+    return -(-count // (32 if q.dtype.itemsize == 8 else 64))
 
 
 #: Module -> operation -> twin, by the names that --native takes.

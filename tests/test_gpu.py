@@ -26,9 +26,9 @@ def launch():
         "eps": 0.0,
     }
 
-    def run(element="float32", **changes):
+    def run(**changes):
         args = {**fitting, **changes}
-        device.launch("rmsnorm_forward", element, 1, 128, *args.values())
+        device.launch("rmsnorm_forward", np.dtype("float32"), 1, 128, *args.values())
         return args["y"]
 
     return run
@@ -57,7 +57,7 @@ def test_a_launch_that_does_not_fit(launch, changes, complaint):
 def test_nothing_to_do_is_no_launch(launch):
     y = np.full((3, 8), 7, np.float32)
     device = emulator.Emulated()
-    device.launch("rmsnorm_forward", "float32", 0, 128, y, y[0].copy(), y, np.empty((3, 1), np.float32), 0, 8, 0.0)
+    device.launch("rmsnorm_forward", y.dtype, 0, 128, y, y[0].copy(), y, np.empty((3, 1), np.float32), 0, 8, 0.0)
     assert (y == 7).all()
 
 
