@@ -18,7 +18,8 @@
 constexpr int ROWS = 16;     // of a column, held by one thread
 constexpr int COLUMNS = 8;   // of a row, held by one thread
 constexpr int CHUNK = 16;    // tokens between two saved states, at most
-constexpr int STAGE = 32768 / sizeof(wide);  // numbers in shared memory
+constexpr int STAGE = 40960 / sizeof(wide);  // numbers in shared memory
+constexpr int FLIGHT = 8;    // numbers that a thread asks for before it waits for the first
 
 // decay = e^log_g, so that the walks, which read each of them many times, need no exponential.
 extern "C" __global__ void gla_decay(const wide* log_g, wide* decay, i64 N)
@@ -28,12 +29,13 @@ extern "C" __global__ void gla_decay(const wide* log_g, wide* decay, i64 N)
 
 // Which state, and which column or row of it, this thread works on; how tokens lie in shared memory.
 struct Place {
-    int T, H, G, D, R, b, g, parts, part, line, padded;
+    int T, H, G, D, R, b, g, parts, part, line, padded, shift;
     __device__ Place(int T, int H, int G, int D, int parts, int per_thread)
         : T(T), H(H), G(G), D(D), R(H / G), b(blockIdx.x / G), g(blockIdx.x % G), parts(parts), part(lane() % parts),
           line((blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * (32 / parts) + lane() / parts),
-          padded(parts * per_thread)
+          padded(parts * per_thread), shift(0)
     {
+        while (1 << shift < padded) shift++;  // a power of two: to divide by it is to shift
     }
     __device__ bool inside() const { return line < D; }
     // This state's matrix among those of all b, g; and its saved state before chunk n.
@@ -52,10 +54,20 @@ struct Place {
 template <typename number>
 __device__ inline void bring(const Place& at, wide* to, const number* from, i64 step, int heads, int count)
 {
-    const int width = heads * at.padded;
-    for (int i = threadIdx.x; i < count * width; i += blockDim.x) {
-        const int token = i / width, head = i % width / at.padded, c = i % at.padded;
-        to[token * at.size() + head * at.padded + c] = c < at.D ? (wide)from[token * step + head * at.D + c] : 0;
+    const int total = count * heads * at.padded;
+    for (int first = threadIdx.x; first < total; first += FLIGHT * blockDim.x) {
+        wide held[FLIGHT];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) {
+            const int i = first + u * blockDim.x, c = i & (at.padded - 1), row = i >> at.shift;
+            const int token = heads == 1 ? row : row / heads, head = row - token * heads;
+            held[u] = i < total && c < at.D ? (wide)from[token * step + head * at.D + c] : 0;
+        }
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) {
+            const int i = first + u * blockDim.x, row = i >> at.shift, token = heads == 1 ? row : row / heads;
+            if (i < total) to[token * at.size() + i - token * heads * at.padded] = held[u];
+        }
     }
 }
 
@@ -194,9 +206,11 @@ extern "C" __global__ void gla_backward_rows(
         for (int end = stop; end > start; end -= most) {
             const int t0 = end - start > most ? end - most : start;
             __syncthreads();
-            bring(at, stage, decay + at.kv(t0), G * D, 1, end - t0);
-            bring(at, stage + P, k + at.kv(t0), G * D, 1, end - t0);
-            bring(at, stage + 2 * P, v + at.kv(t0), G * D, 1, end - t0);
+            if (stop - start > most) {  // else they are still there
+                bring(at, stage, decay + at.kv(t0), G * D, 1, end - t0);
+                bring(at, stage + P, k + at.kv(t0), G * D, 1, end - t0);
+                bring(at, stage + 2 * P, v + at.kv(t0), G * D, 1, end - t0);
+            }
             bring(at, stage + 3 * P, q + at.qo(t0), H * D, at.R, end - t0);
             bring(at, stage + (3 + at.R) * P, d_o + at.qo(t0), H * D, at.R, end - t0);
             __syncthreads();

@@ -309,7 +309,7 @@ def _walkable(q, k) -> bool:
     """Whether one token of a group fits into a block's shared memory (STAGE in cuda/gla.cu)."""
     padded = 8 << (-(-k.shape[3] // 8) - 1).bit_length()
     heads = 3 + 2 * (q.shape[2] // k.shape[2])
-    return k.shape[3] <= LARGEST_HEAD and heads * max(padded, 16) * (8 if q.dtype.itemsize == 8 else 4) <= 32768
+    return k.shape[3] <= LARGEST_HEAD and heads * max(padded, 16) * (8 if q.dtype.itemsize == 8 else 4) <= 40960
 
 
 def _decay(be, q, log_g):
