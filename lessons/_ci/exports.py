@@ -124,7 +124,7 @@ def _pytest(made: Path, kind: str) -> list[str]:
 
 
 def _run(command, cwd=ROOT, **environment):
-    environment = {**os.environ, "MINISB_SECONDS": "4", "MINISB_LANG": "en", **environment}
+    environment = {**os.environ, "MINISB_SECONDS": "6", "MINISB_LANG": "en", **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
