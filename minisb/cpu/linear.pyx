@@ -115,7 +115,7 @@ cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, 
     if slices == 1 and m * n * k > 1 << 18 and length >= 64:
         slices = 2  # a short but heavy product (a weight gradient): two threads at least
     cdef bint by_dots = m == 1 and tb and not ta
-    for i in prange(slices, nogil=True, schedule="static", num_threads=threads):
+    for i in prange(slices, nogil=True, schedule="static", num_threads=min(threads, slices)):
         start = length * i // slices
         size = length * (i + 1) // slices - start
         if by_dots:
