@@ -71,24 +71,40 @@ static inline __attribute__((always_inline)) int32_t clip(int32_t t, int32_t mos
     return t < -most ? -most : t;
 }
 
+static inline int32_t bits_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 /* x (n) -> everything in `to`. */
 static inline __attribute__((always_inline)) void spike_body(const float *restrict x, Spikes *to, int64_t n, float k,
                                                              float least, float most) {
     float vth = threshold(x, n, k, least, most);
     int8_t *restrict s = to->s, *restrict magnitude = to->magnitude;
-    int32_t beyond = 0;
-    for (int64_t c = 0; c < n; c++) {
-        int32_t t = count_of(x[c], vth), kept = clip(t, 127);
-        beyond |= t - kept;
-        s[c] = (int8_t)kept;
-        magnitude[c] = (int8_t)(kept < 0 ? -kept : kept);
+    float finite = vth == vth ? vth : INFINITY; /* no spikes at all */
+    int32_t beyond = 0, most_int8 = bits_of(127), small = bits_of(SMALL);
+    for (int64_t block = 0; block * BLOCK < n; block++, s += BLOCK, magnitude += BLOCK) {
+        /* Loops so short and plain that each becomes vector instructions. */
+        const int64_t inside = n - block * BLOCK < BLOCK ? n - block * BLOCK : BLOCK;
+        const float *from = x + block * BLOCK;
+        float t[BLOCK] = {0};
+        int32_t bits[BLOCK], top = 0; /* of |t|: numbers of one sign are ordered as their bits are */
+        for (int64_t i = 0; i < inside; i++) t[i] = rintf(from[i] / finite);
+        if (vth != vth) memset(t, 0, sizeof t);
+        memcpy(bits, t, sizeof t);
+        for (int i = 0; i < BLOCK; i++) {
+            int32_t size = bits[i] & INT32_MAX;
+            top = size > top ? size : top;
+        }
+        for (int i = 0; i < BLOCK; i++) t[i] = t[i] > 127 ? 127 : t[i];
+        for (int i = 0; i < BLOCK; i++) t[i] = t[i] < -127 ? -127 : t[i];
+        for (int i = 0; i < BLOCK; i++) s[i] = (int8_t)(int32_t)t[i];
+        for (int i = 0; i < BLOCK; i++) magnitude[i] = (int8_t)(s[i] < 0 ? -s[i] : s[i]);
+        to->small[block] = top <= small;
+        beyond |= top > most_int8;
     }
-    for (int64_t c = n; c % BLOCK; c++) s[c] = magnitude[c] = 0;
-    for (int64_t block = 0; block * BLOCK < n; block++) {
-        int8_t top = 0;
-        for (int i = 0; i < BLOCK; i++) top = magnitude[block * BLOCK + i] > top ? magnitude[block * BLOCK + i] : top;
-        to->small[block] = top <= SMALL;
-    }
+    s = to->s, magnitude = to->magnitude;
     Rest *rest = to->rest;
     for (int64_t c = 0; beyond && c < n; c++)
         if (magnitude[c] == 127) {
