@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from minisb.ops.adamw import adamw
@@ -13,12 +11,12 @@ def lr_at(step: int, peak: float, steps: int, warmup: int, floor: float) -> floa
     """The learning rate of step `step` (from 0) out of `steps`: a function of the step alone.
 
     It rises in a line over the first `warmup` steps, because AdamW's second moment knows nothing
-    yet, then falls along half a cosine from `peak` to floor * peak at the last step.
+    yet, then falls in a line from `peak` to floor * peak at the last step.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(steps - 1 - warmup, 1)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return peak * (1 - (1 - floor) * min(done, 1.0))
 
 
 def clip_scale(norm, limit: float, xp=np):
