@@ -87,7 +87,8 @@ class Timed:
 def growth(model) -> str:
     """What the size of the decode state depends on."""
     kinds = {model.config.mixer(i) for i in range(model.config.layers)}
-    return " (grows: full attention keeps every token)" if "full" in kinds else " (constant)"
+    full = any(kind.endswith("full") for kind in kinds)
+    return " (grows: full attention keeps every token)" if full else " (constant)"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from minisb.corpus import DOWNLOADS, load_corpus
 from minisb.data import default_tokenizer, load_tokens
 from minisb.errors import MinisbError
 from minisb.params import count
-from minisb.plots import loss_curve
+from minisb.plots import expert_load, loss_curve
 from minisb.train import TrainSettings, check_memory, describe_data, resume, start
 
 #: Flags by where their values go.  None means "not given": the preset or the stored run decides.
@@ -88,6 +88,8 @@ def main(argv) -> int:
     _conclude(result, trainer.model, tokenizer, folder)
     if importlib.util.find_spec("matplotlib"):
         loss_curve(folder, folder / "loss.png", result["bigram_loss"])
+        if config.has_experts:
+            expert_load(folder, folder / "experts.png")
     result |= {
         "wall_s": round(time.perf_counter() - began, 1),
         "device": be.name,
@@ -174,8 +176,9 @@ def _note_changed_data(folder, data):
 def _introduce(trainer):
     c, s, data = trainer.model.config, trainer.settings, trainer.data
     corpus = load_corpus(s.data)
+    experts = f", {c.experts} experts + {c.shared_experts} shared" if c.has_experts else ""
     print(f"model   {c.preset}: {count(trainer.model.specs):,} parameters, {c.layers} layers ({', '.join(c.mixers)} "
-          f"in turn), width {c.width}, vocabulary {c.vocab:,}")  # fmt: skip
+          f"in turn{experts}), width {c.width}, vocabulary {c.vocab:,}")  # fmt: skip
     print(f"data    {s.data}: {len(corpus.train):,} texts and {len(data.train):,} tokens to learn from, "
           f"{len(corpus.val):,} and {len(data.val):,} to test, "
           f"{data.train_bytes / len(data.train):.2f} bytes a token")  # fmt: skip

@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": "minisb.bench",
     "spikes": "minisb.spikes_cli",
     "quantize": "minisb.quantize",
+    "upcycle": "minisb.upcycle",
 }
 
 

@@ -1,7 +1,8 @@
 """What a configuration costs, by arithmetic alone: parameters, bytes, FLOPs.  Allocates nothing.
 
 Letters as in config.py: C width, H query heads, G key/value heads, D head size, F feed-forward
-width, V vocabulary, W window, L layers; T tokens of context.  A multiply-add is 2 FLOPs.
+width, V vocabulary, W window, L layers, E experts, K of them a token, S sinks; T tokens of context.
+A multiply-add is 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def report(c: Config) -> dict:
         "preset": c.preset,
         "config": c.to_dict(),
         "parameters": parameters(c),
+        "other_projections": other_projections(c),
         "layer_kinds": layer_kinds(c),
         "weight_bytes": weight_bytes(c),
         "optimizer_bytes": optimizer_bytes(c),
@@ -44,7 +46,8 @@ def report(c: Config) -> dict:
 
 
 def parameters(c: Config) -> dict:
-    """Counts: total, by part (embedding, mixers by kind, ffn, norms, head), and each layer's sum.
+    """Counts: total, active (what one token goes through: K of E routed experts), by part (embedding, mixers by
+    kind, ffn, norms, head, ...), and each layer's sum.
 
     A tied head is the embedding and counts once, there.
     """
@@ -53,15 +56,31 @@ def parameters(c: Config) -> dict:
         parts[_part(c, spec)] += spec.size
         if spec.name.startswith("layers."):
             layers[int(spec.name.split(".")[1])] += spec.size
-    return {"total": sum(parts.values()), "by_part": dict(parts), "by_layer": [layers[i] for i in range(c.layers)]}
+    total = sum(parts.values())
+    active = total - parts["experts"] // c.experts * (c.experts - c.top_k)
+    by_part = {part: n for part, n in parts.items() if n}
+    return {"total": total, "active": active, "by_part": by_part, "by_layer": [layers[i] for i in range(c.layers)]}
+
+
+def other_projections(c: Config) -> dict | None:
+    """The counts of a parallel hybrid if its branches shared (or did not share) their projections; else None.
+
+    The report's name and "15 %" fit shared ones, its "additional attention parameters" separate ones.
+    """
+    if not any("+" in c.mixer(i) for i in range(c.layers)):
+        return None
+    found = parameters(replace(c, shared_projections=not c.shared_projections))
+    which = "separate" if c.shared_projections else "shared"
+    return {"which": which, "total": found["total"], "active": found["active"]}
 
 
 def layer_kinds(c: Config) -> dict:
-    """Mixer kind -> its layers, the tensors of one such layer (names, shapes), its parameters."""
+    """Kind of mixer, and "+moe" with experts -> its layers, the tensors of one such layer (names, shapes), its
+    parameters."""
     kinds = {}
     everything = specs(c)
     for i in range(c.layers):
-        kind = c.mixer(i)
+        kind = c.mixer(i) + "+moe" * (c.ffn_kind(i) == "moe")
         if kind in kinds:
             kinds[kind]["layers"].append(i)
             continue
@@ -76,10 +95,15 @@ def _part(c: Config, spec: Spec) -> str:
     """The part of the model that a parameter belongs to."""
     if spec.name.startswith("embeddings"):
         return "embedding"
+    if spec.name.startswith("sinks"):
+        return "sinks"
     if spec.name.startswith("lm_head"):
         return "head"
     if spec.name.split(".")[-2] in ("attn_norm", "mlp_norm", "norm"):  # g_norm belongs to its mixer
         return "norms"
+    for part in ("experts", "shared", "router"):
+        if f".mlp.{part}." in spec.name:
+            return part
     return "ffn" if ".mlp." in spec.name else c.mixer(int(spec.name.split(".")[1]))
 
 
@@ -96,7 +120,8 @@ def weight_bytes(c: Config) -> dict:
     int8 = 0
     for spec in specs(c):
         if _is_projection(spec):
-            rows, inputs = spec.shape
+            inputs = spec.shape[-1]
+            rows = spec.size // inputs
             int8 += spec.size + rows * -(-inputs // SCALE_GROUP) * FP32
         else:
             int8 += spec.size * BF16
@@ -115,19 +140,21 @@ def decode_state_bytes(c: Config, context: int, cache_bytes: int = FP32) -> dict
 
     gla: G D D fp32 a layer, whatever the context.  window: 2 W G D cache values a layer, a ring
     that is there from the start.  full: 2 T G D, growing (its array doubles when it is full, so
-    that up to twice this is held).  cache_bytes: 4 for fp32 caches (as on the CPU), 2 for bf16.
+    that up to twice this is held).  With sinks both hold those S before.  A parallel hybrid has two.
+    cache_bytes: 4 for fp32 caches (as on the CPU), 2 for bf16.  constant: what does not grow.
     full_attention: the same model with full attention in every layer, for comparison.
     """
     row = 2 * c.kv_heads * c.head_dim * cache_bytes
     a_layer = {
         "gla": c.kv_heads * c.head_dim * c.head_dim * FP32,
-        "window": c.window * row,
-        "full": context * row,
+        "window": (c.sinks + c.window) * row,
+        "full": (c.sinks + context) * row,
     }
-    kinds = Counter(c.mixer(i) for i in range(c.layers))
+    kinds = Counter(kind for i in range(c.layers) for kind in c.mixer(i).split("+"))
     by_kind = {kind: n * a_layer[kind] for kind, n in kinds.items()}
-    everywhere = c.layers * a_layer["full"]
-    return {**by_kind, "total": sum(by_kind.values()), "full_attention": everywhere}
+    total = sum(by_kind.values())
+    constant = total - kinds["full"] * context * row
+    return {**by_kind, "total": total, "constant": constant, "full_attention": c.layers * a_layer["full"]}
 
 
 # --- FLOPs
@@ -140,15 +167,16 @@ def forward_flops(c: Config, keys: dict[str, float]) -> dict:
     mixer, gla (as the recurrence, the least work that gives the result):
         decay the state D D G, add k^T v 2 D D G, read it by every query head 2 D D H
     mixer, softmax: 2 D H keys for the scores, as much for the weighted values.
-    ffn: 2 * 3 C F.   head: 2 C V.
+    ffn: 2 * 3 C F, of experts the shared ones and K of E.   head: 2 C V.
     Norms, rotations, activations and the embedding look-up are left out: below 1 %.
     """
     flops = {"projections": 0, "mixer": 0, "ffn": 0, "head": 2 * c.width * c.vocab}
     for spec in specs(c):
         if _is_projection(spec):
-            flops["ffn" if ".mlp." in spec.name else "projections"] += 2 * spec.size
+            used = spec.size // c.experts * c.top_k if ".experts." in spec.name else spec.size
+            flops["ffn" if ".mlp." in spec.name else "projections"] += 2 * used
     for i in range(c.layers):
-        flops["mixer"] += _mixer_flops(c, c.mixer(i), keys)
+        flops["mixer"] += sum(_mixer_flops(c, kind, keys) for kind in c.mixer(i).split("+"))
     return _with_total(flops)
 
 
@@ -184,7 +212,7 @@ def mean_keys(length: int, window: int) -> float:
 def _mixer_flops(c: Config, kind: str, keys: dict[str, float]) -> int:
     if kind == "gla":
         return c.head_dim * c.head_dim * (3 * c.kv_heads + 2 * c.heads)
-    return round(4 * c.head_dim * c.heads * keys[kind])
+    return round(4 * c.head_dim * c.heads * (c.sinks + keys[kind]))
 
 
 def _with_total(flops: dict) -> dict:
@@ -192,5 +220,5 @@ def _with_total(flops: dict) -> dict:
 
 
 def _is_projection(spec: Spec) -> bool:
-    """A matrix inside a layer: what a token is multiplied with, and what INT8 stores."""
-    return spec.name.startswith("layers.") and len(spec.shape) == 2
+    """A matrix inside a layer, or all experts': what a token is multiplied with, and what INT8 stores."""
+    return spec.name.startswith("layers.") and len(spec.shape) >= 2

@@ -1,7 +1,7 @@
 """Model and training settings, and the presets.
 
 Letters used everywhere: B batch, T time, C model width, H query heads, G key/value heads,
-D head size, F feed-forward width, V vocabulary, W window, L layers.
+D head size, F feed-forward width, V vocabulary, W window, L layers, E experts, K of them a token, S sinks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, fields
 
 from minisb.errors import MinisbError
 
-#: Projections whose input can be spike-coded: the eight of a GLA layer (a window layer has no gk).
-SPIKE_PROJECTIONS = ("q", "k", "v", "gk", "o", "gate", "up", "down")
+#: Projections whose input can be spike-coded: the eight of a GLA layer (a window layer has no gk), and the router
+#: of a mixture of experts.
+SPIKE_PROJECTIONS = ("q", "k", "v", "gk", "o", "gate", "up", "down", "router")
+#: What mixes over time in a layer.  With a +, both in parallel (76B: report, eq. 6).
+MIXERS = ("gla", "window", "full", "gla+window", "gla+full")
 
 
 @functools.cache
@@ -55,14 +58,26 @@ class Config:
     head_dim: int = 32  # D
     ffn: int = 384  # F, hidden width of the SwiGLU
     window: int = 128  # W, keys a windowed token sees, itself included
-    # The mixer of layer i is mixers[i % len(mixers)]: "gla", "window" or "full".
+    # The mixer of layer i is mixers[i % len(mixers)], one of MIXERS.
     # Linear attention first, then a window, as in the 7B (report, section 3.1).
     mixers: tuple[str, ...] = ("gla", "window")
+    shared_projections: bool = False  # whether the two of a parallel hybrid share q, k, v and o
+    feature_map: str = "relu"  # on q and k of linear attention: "relu" (7B) or "sigmoid" (76B)
+    gate: str = "low_rank"  # of linear attention: "low_rank" (7B) or "tied" to the key, g = 1 - k (76B)
     gate_rank: int = 16  # inner width of the low-rank gate W1 W2
     gate_divisor: float = 16.0  # log g = logsigmoid(z) / 16: slow forgetting to begin with
     rope_theta: float = 1e6  # rotary base of the softmax layers; GLA has no positions
     norm_eps: float = 1e-6
     qkv_bias: bool = True  # Qwen2.5 has a bias on q, k and v and nowhere else
+    sinks: int = 0  # S, learned tokens before every text, which all its tokens see
+    # The feed-forward network of layer i is ffns[i % len(ffns)]: "dense", or "moe", a mixture of experts:
+    ffns: tuple[str, ...] = ("dense",)
+    experts: int = 16  # E, each a SwiGLU of width F
+    top_k: int = 1  # K, the experts that a token is routed to
+    shared_experts: int = 1  # experts that every token goes through, beside those
+    capacity: float = 0.0  # in training an expert takes so many times its fair share N K / E; 0: whatever comes
+    balance_weight: float = 0.01  # of the loss that evens out the experts' load
+    z_weight: float = 1e-3  # of the loss that keeps the router's logits small
     tied: bool = True  # the head reuses the embedding: small models cannot afford two
     spike_k: float = 3.0  # threshold = mean|x| / k (eq. 19): larger k, finer spikes
     spike: tuple[str, ...] = SPIKE_PROJECTIONS  # what reads spikes when spiking is on: see spikes_by_layer
@@ -89,12 +104,32 @@ class Config:
             if not getattr(self, name) > 0:
                 raise MinisbError(f"{name} must be above 0, got {getattr(self, name)}.")
         spikes_by_layer(self.spike, self.layers)
-        unknown = [m for m in self.mixers if m not in ("gla", "window", "full")]
-        if unknown or not self.mixers:
-            raise MinisbError(f"unknown mixer {unknown[:1]}; choose from gla, window, full.")
+        for kind, given, known in (
+            ("mixer", self.mixers, MIXERS),
+            ("feed-forward network", self.ffns, ("dense", "moe")),
+            ("feature map", (self.feature_map,), ("relu", "sigmoid")),
+            ("gate", (self.gate,), ("low_rank", "tied")),
+        ):
+            unknown = [name for name in given if name not in known]
+            if unknown or not given:
+                raise MinisbError(f"unknown {kind} {unknown[:1]}; choose from {', '.join(known)}.")
+        if self.gate == "tied" and self.feature_map != "sigmoid":
+            raise MinisbError("a tied gate g = 1 - k needs keys between 0 and 1: set feature_map to sigmoid.")
+        if not 1 <= self.top_k <= self.experts:
+            raise MinisbError(f"top_k must be between 1 and the {self.experts} experts, got {self.top_k}.")
+        for name in ("sinks", "shared_experts", "capacity", "balance_weight", "z_weight"):
+            if not getattr(self, name) >= 0:
+                raise MinisbError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
     def mixer(self, layer: int) -> str:
         return self.mixers[layer % len(self.mixers)]
+
+    def ffn_kind(self, layer: int) -> str:
+        return self.ffns[layer % len(self.ffns)]
+
+    @property
+    def has_experts(self) -> bool:
+        return "moe" in self.ffns
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -238,7 +273,64 @@ class B7Mini(Config):
     lr: float = 2e-3
 
 
-PRESETS: dict[str, type[Config]] = {cls.preset: cls for cls in (Nano, Small, M124, M135, B1, B7, B7Mini)}
+#: Both of a parallel hybrid in every layer, its softmax full in every seventh.
+_HYBRID = (*("gla+window",) * 6, "gla+full")
+#: Dense in layers 1, 2, 3, 5, 7, 9 and 11 (counted from 1), experts elsewhere.
+_UPCYCLED = tuple("dense" if layer in (1, 2, 3, 5, 7, 9, 11) else "moe" for layer in range(1, 29))
+
+
+@dataclass(frozen=True)
+class B76(B7):
+    """SpikingBrain-76B-A12B (report, section 3.1): the 7B's widths, hybrids inside each layer, 16 + 1 experts."""
+
+    preset: str = "76b"
+    mixers: tuple[str, ...] = _HYBRID
+    feature_map: str = "sigmoid"
+    gate: str = "tied"
+    sinks: int = 128
+    ffns: tuple[str, ...] = _UPCYCLED
+
+
+@dataclass(frozen=True)
+class B76Mini(B7Mini):
+    """The 76B at 1:1000: the same 28 layers in the same order, every width divided by 32."""
+
+    preset: str = "76b-mini"
+    mixers: tuple[str, ...] = _HYBRID
+    feature_map: str = "sigmoid"
+    gate: str = "tied"
+    sinks: int = 4
+    ffns: tuple[str, ...] = _UPCYCLED
+
+
+@dataclass(frozen=True)
+class B76Tiny(Config):
+    """Everything that the 76B has, as small as it gets: for tests and for stepping through with a debugger."""
+
+    preset: str = "76b-tiny"
+    vocab: int = 512
+    width: int = 24
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 6
+    ffn: int = 32
+    window: int = 16
+    mixers: tuple[str, ...] = ("gla+window", "gla+full")
+    feature_map: str = "sigmoid"
+    gate: str = "tied"
+    sinks: int = 3
+    ffns: tuple[str, ...] = ("dense", "moe")
+    experts: int = 4
+    tied: bool = False
+    seq_len: int = 48
+    batch_size: int = 4
+    steps: int = 100
+
+
+PRESETS: dict[str, type[Config]] = {
+    cls.preset: cls for cls in (Nano, Small, M124, M135, B1, B7, B7Mini, B76, B76Mini, B76Tiny)
+}
 
 
 def preset(name: str, **changes) -> Config:

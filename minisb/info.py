@@ -14,7 +14,14 @@ PART_NAMES = {
     "gla": "linear attention",
     "window": "window attention",
     "full": "full attention",
+    "gla+window": "linear attention + window attention",
+    "gla+full": "linear attention + full attention",
+    "moe": "mixture of experts",
+    "sinks": "sinks",
     "ffn": "feed-forward",
+    "router": "routers",
+    "experts": "routed experts",
+    "shared": "shared experts",
     "norms": "norms",
     "head": "head",
 }
@@ -39,13 +46,24 @@ def text(found: dict) -> str:
 
 def _shape(found):
     c = found["config"]
-    yield f"{found['preset']}: {found['parameters']['total']:,} parameters"
+    total, active = (found["parameters"][name] for name in ("total", "active"))
+    yield f"{found['preset']}: {total:,} parameters" + (f", {active:,} active" if active < total else "")
     yield (
         f"  {c['layers']} layers, width {c['width']}, {c['heads']} query heads on {c['kv_heads']} key/value heads of "
         f"{c['head_dim']}, FFN {c['ffn']}, window {c['window']}, vocabulary {c['vocab']}"
     )
     head, bias = "tied to the embedding" if c["tied"] else "untied", "with" if c["qkv_bias"] else "without"
     yield f"  head {head}; q, k, v {bias} bias"
+    if "moe" in c["ffns"]:
+        yield (
+            f"  experts: {c['experts']} routed, {c['top_k']} of them a token, + {c['shared_experts']} shared, each of "
+            f"width {c['ffn']}"
+        )
+    if c["sinks"]:
+        yield f"  {c['sinks']} learned sinks before the text"
+    if found["other_projections"]:
+        which, counts = found["other_projections"]["which"], found["other_projections"]
+        yield f"  with {which} q, k, v, o in a hybrid's two branches: {counts['total']:,}, {counts['active']:,} active"
 
 
 def _layers(found):
@@ -53,19 +71,20 @@ def _layers(found):
         if number:
             yield ""
         plural = "s" * (len(layer["layers"]) > 1)
-        yield f"{PART_NAMES[kind]}: layer{plural} {_abridged(layer['layers'])} ({len(layer['layers'])} of them)"
+        yield f"{_kind_name(kind)}: layer{plural} {_abridged(layer['layers'])} ({len(layer['layers'])} of them)"
         for tensor in layer["tensors"]:
             shape = " x ".join(map(str, tensor["shape"]))
-            yield f"  {tensor['name']:<26}{shape:>16}{tensor['parameters']:>16,}"
-        yield f"  {'one such layer':<42}{layer['parameters']:>16,}"
+            yield f"  {tensor['name']:<28}{shape:>20}{tensor['parameters']:>18,}"
+        yield f"  {'one such layer':<48}{layer['parameters']:>18,}"
 
 
 def _parameters(found):
-    total = found["parameters"]["total"]
-    yield "parameters by part"
-    for part, n in found["parameters"]["by_part"].items():
-        yield f"  {PART_NAMES[part]:<42}{n:>16,}{n / total:>8.1%}"
-    yield f"  {'total':<42}{total:>16,}"
+    total, active = (found["parameters"][name] for name in ("total", "active"))
+    yield f"{'parameters by part':<50}{'':>18}{'':>8}{'fp32':>10}{'bf16':>10}"
+    for part, n in [*found["parameters"]["by_part"].items(), ("total", total)]:
+        yield f"  {PART_NAMES.get(part, part):<48}{n:>18,}{n / total:>8.1%}{_size(4 * n):>10}{_size(2 * n):>10}"
+    if active < total:
+        yield f"  {'active, what one token goes through':<48}{active:>18,}{active / total:>8.1%}"
 
 
 def _bytes(found):
@@ -85,6 +104,10 @@ def _decode_state(found):
     for context in CONTEXTS:
         row = [states[context][column] for states in (fp32, bf16) for column in ("total", "full_attention")]
         yield f"  {context:<10}{_size(row[0]):>12}" + "".join(f"{_size(n):>14}" for n in row[1:])
+    first = fp32[next(iter(CONTEXTS))]
+    if first["constant"] < first["total"]:
+        growing = sum(n * kind.endswith(("full", "full+moe")) for kind, n in _layer_counts(found).items())
+        yield f"  of it {_size(first['constant'])} constant in fp32; {growing} full-attention caches grow"
     yield '  "if all full": the same model with full attention in every layer'
 
 
@@ -100,6 +123,15 @@ def _flops(found):
         row = "".join(f"{_flops_size(flops[part]):>12}" for part in parts)
         yield f"  {label:<24}{row}{_flops_size(flops['full_attention']):>14}"
     yield "  training = 3 x forward, windows as full as they are on average in T tokens"
+
+
+def _layer_counts(found) -> dict[str, int]:
+    return {kind: len(layer["layers"]) for kind, layer in found["layer_kinds"].items()}
+
+
+def _kind_name(kind: str) -> str:
+    name = PART_NAMES[kind.removesuffix("+moe")]
+    return f"{name}, {PART_NAMES['moe']}" if kind.endswith("+moe") else name
 
 
 def _abridged(numbers: list[int]) -> str:

@@ -3,6 +3,9 @@
 A layer holds views of its parameters and nothing else.  forward returns (y, saved), backward takes
 saved and returns the gradient of the input; parameter gradients are added to the views.  With a
 decode state, forward also reads and updates what the layer remembers.
+
+Sinks, learned tokens before the text, are read in a pass of their own (`ctx.sinks`).  What the text needs
+of them, a mixer's `memory`, is the state of linear attention (1,G,D,D) or keys and values (S,G,D).
 """
 
 from __future__ import annotations
@@ -15,10 +18,17 @@ from minisb.config import Config
 from minisb.ops.attention import attention_backward, attention_forward, attention_step
 from minisb.ops.gate import log_gate_backward, log_gate_forward
 from minisb.ops.gla import gla_backward, gla_forward, gla_step
-from minisb.ops.heads import relu_heads_backward, relu_heads_forward
+from minisb.ops.heads import (
+    ends,
+    relu_heads_backward,
+    relu_heads_forward,
+    sigmoid_heads_backward,
+    sigmoid_heads_forward,
+)
 from minisb.ops.linear import linear_backward, linear_forward
 from minisb.ops.norm import rmsnorm_backward, rmsnorm_forward
 from minisb.ops.rope import rope_backward, rope_forward
+from minisb.ops.sinks import sinks_backward, sinks_forward
 from minisb.ops.spike import spike_count, spike_forward
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward
 from minisb.ops.w8aspike import attention_step_int8, code_heads, decode_heads
@@ -34,6 +44,8 @@ class Context:
     spikes: for each layer, its projections that read spikes.
     tap(name, array): sees inner values, None costs nothing.
     cos, sin: rotary tables (T,D/2) of this pass's positions.
+    sinks: this pass reads the sinks (1,S,C), not a text.
+    aux: in training, what the routers' own losses are multiplied by in the gradient; else None.
     """
 
     be: Any
@@ -42,6 +54,8 @@ class Context:
     cos: Any = None
     sin: Any = None
     tap: Callable | None = None
+    sinks: bool = False
+    aux: float | None = None
 
 
 class Projections:
@@ -102,27 +116,62 @@ def projections(store, prefix: str, weights: dict[str, str], biases: tuple[str, 
     return kind(store, prefix, weights, biases)
 
 
-class GatedLinearAttention:
-    """Linear attention with a low-rank gate (7B: report, eq. 10-11, section 3.1)."""
+class Mixer:
+    """What mixes over time: projections of the input, heads, a projection back.  Subclasses have the heads:
+
+    mix(ctx, rows, state, sinks) -> o (B,T,H*D), memory, saved
+        rows (B,T,N), columns q | k | v | ...; sinks: the memory that reading them gave, None without.
+    mix_backward(be, do, saved, dmemory) -> drows (B,T,N), dsinks
+        dmemory: the gradient of memory after the sinks were read, None after a text.
+    """
+
+    def __init__(self, c: Config, store: ParamStore, prefix: str, gated: bool, projected: bool = True):
+        """gated: the input's projections include the low-rank gate's.  projected: False if they and the
+        output's belong to the caller, who calls mix."""
+        self.c = c
+        if projected:
+            weights = {**_QKV, "gk": "gk_proj.0.weight"} if gated else _QKV
+            self.inputs = projections(store, prefix, weights, _BIASES if c.qkv_bias else ())
+            self.output = projections(store, prefix, {"o": "o_proj.weight"})
+
+    def forward(self, ctx: Context, x, state=None, sinks=None):
+        """x (B,T,C) -> y (B,T,C), memory, saved."""
+        rows, s_in = self.inputs.forward(ctx, x)
+        o, memory, s_mix = self.mix(ctx, rows, state, sinks)
+        y, s_out = self.output.forward(ctx, o)
+        return y, memory, (s_in, s_mix, s_out)
+
+    def backward(self, be, dy, saved, dmemory=None):
+        """dy (B,T,C) -> dx (B,T,C), dsinks."""
+        s_in, s_mix, s_out = saved
+        drows, dsinks = self.mix_backward(be, self.output.backward(be, dy, s_out), s_mix, dmemory)
+        return self.inputs.backward(be, drows, s_in), dsinks
+
+
+class GatedLinearAttention(Mixer):
+    """Linear attention (report, eq. 10-11), its gate low-rank (7B) or tied to the key (76B)."""
 
     @staticmethod
     def specs(c: Config, prefix: str) -> list[Spec]:
         return [
-            *_qkv_specs(c, prefix),
-            Spec(f"{prefix}.gk_proj.0.weight", (c.gate_rank, c.width), init=c.width**-0.5, joined=True),
-            *_qkv_bias_specs(c, prefix),
-            Spec(f"{prefix}.gk_proj.1.weight", (c.kv_heads * c.head_dim, c.gate_rank), init=c.gate_rank**-0.5),
-            Spec(f"{prefix}.gk_proj.1.bias", (c.kv_heads * c.head_dim,), init="zeros", decay=False),
-            Spec(f"{prefix}.g_norm.weight", (c.head_dim,), init="ones", decay=False),
+            *input_specs(c, prefix, c.gate == "low_rank"),
+            *GatedLinearAttention.own_specs(c, prefix),
             _out_spec(c, f"{prefix}.o_proj.weight", c.heads * c.head_dim),
         ]
 
-    def __init__(self, c: Config, store: ParamStore, prefix: str):
-        self.c = c
-        self.inputs = projections(store, prefix, {**_QKV, "gk": "gk_proj.0.weight"}, _BIASES if c.qkv_bias else ())
-        self.output = projections(store, prefix, {"o": "o_proj.weight"})
+    @staticmethod
+    def own_specs(c: Config, prefix: str) -> list[Spec]:
+        """What is not a projection of the input or to the output."""
+        gate = [
+            Spec(f"{prefix}.gk_proj.1.weight", (c.kv_heads * c.head_dim, c.gate_rank), init=c.gate_rank**-0.5),
+            Spec(f"{prefix}.gk_proj.1.bias", (c.kv_heads * c.head_dim,), init="zeros", decay=False),
+        ]
+        return [*(gate if c.gate == "low_rank" else []), _head_norm_spec(c, prefix)]
+
+    def __init__(self, c: Config, store: ParamStore, prefix: str, projected: bool = True):
+        super().__init__(c, store, prefix, c.gate == "low_rank", projected)
         self.merged = isinstance(store, QuantizedStore)  # the gate's two matrices are one, among the inputs
-        if not self.merged:
+        if c.gate == "low_rank" and not self.merged:
             self.gate_w, self.dgate_w = store.rows([f"{prefix}.gk_proj.1.weight"])
             self.gate_b, self.dgate_b = store.rows([f"{prefix}.gk_proj.1.bias"])
         self.g_norm, self.dg_norm = store.rows([f"{prefix}.g_norm.weight"])
@@ -130,81 +179,106 @@ class GatedLinearAttention:
     def new_state(self, be, batch: int, dtype) -> GLAState:
         return GLAState(be, self.c, batch, dtype)
 
-    def forward(self, ctx: Context, x, state: GLAState | None = None):
-        """x (B,T,C) -> y (B,T,C)."""
+    def mix(self, ctx: Context, rows, state: GLAState | None = None, sinks=None):
+        """See Mixer.  memory: the state after the last token."""
         be, c = ctx.be, self.c
-        B, T, _ = x.shape
-        rows, s_in = self.inputs.forward(ctx, x)
-        q, k, v, s_heads = relu_heads_forward(be, rows, c.heads, c.kv_heads, c.head_dim)
-        low_rank = rows[..., self.inputs.rows["gk"]]
-        z = low_rank if self.merged else linear_forward(be, low_rank, self.gate_w, self.gate_b)
-        log_g, s_gate = log_gate_forward(be, z.reshape(k.shape), c.gate_divisor)
-        s_gla = None
+        B, T, _ = rows.shape
+        log_g = low_rank = s_gate = s_gla = memory = None
+        if c.feature_map == "relu":
+            q, k, v, s_heads = relu_heads_forward(be, rows, c.heads, c.kv_heads, c.head_dim)
+        else:
+            tied = c.gate == "tied"
+            q, k, v, log_g, s_heads = sigmoid_heads_forward(be, rows, c.heads, c.kv_heads, c.head_dim, tied)
+        if log_g is None:
+            low_rank = rows[..., ends(c.heads, c.kv_heads, c.head_dim)[2] :]
+            z = low_rank if self.merged else linear_forward(be, low_rank, self.gate_w, self.gate_b)
+            log_g, s_gate = log_gate_forward(be, z.reshape(k.shape), c.gate_divisor)
         if state is None:
-            o, _, s_gla = gla_forward(be, q, k, v, log_g)
+            start = None if sinks is None else be.xp.repeat(sinks, B, axis=0)
+            o, memory, s_gla = gla_forward(be, q, k, v, log_g, start)
         elif T == 1:
             o = gla_step(be, q, k, v, log_g, state.matrix)
         else:
             o, state.matrix, _ = gla_forward(be, q, k, v, log_g, state.matrix)
         o, s_norm = rmsnorm_forward(be, o, self.g_norm, c.norm_eps)
-        y, s_out = self.output.forward(ctx, o.reshape(B, T, -1))
-        return y, (s_in, s_heads, low_rank, s_gate, s_gla, s_norm, s_out)
+        return o.reshape(B, T, -1), memory, (rows.shape, s_heads, low_rank, s_gate, s_gla, s_norm, sinks is not None)
 
-    def backward(self, be, dy, saved):
-        """dy (B,T,C) -> dx (B,T,C)."""
-        s_in, s_heads, low_rank, s_gate, s_gla, s_norm, s_out = saved
-        do = self.output.backward(be, dy, s_out).reshape(s_heads[0].shape)
-        do = rmsnorm_backward(be, do, s_norm, self.dg_norm)
-        dq, dk, dv, dlog_g, _ = gla_backward(be, do, None, s_gla)
-        dz = log_gate_backward(be, dlog_g, s_gate).reshape(*dy.shape[:2], -1)
-        drows = be.xp.empty((*dy.shape[:2], self.inputs.w.shape[0]), dy.dtype)
-        relu_heads_backward(be, dq, dk, dv, s_heads, drows)
-        drows[..., self.inputs.rows["gk"]] = linear_backward(
-            be, dz, low_rank, self.gate_w, self.dgate_w, self.dgate_b
-        )
-        return self.inputs.backward(be, drows, s_in)
+    def mix_backward(self, be, do, saved, dmemory=None):
+        """See Mixer."""
+        shape, s_heads, low_rank, s_gate, s_gla, s_norm, has_sinks = saved
+        do = rmsnorm_backward(be, do.reshape(s_heads[0].shape), s_norm, self.dg_norm)
+        dq, dk, dv, dlog_g, dstart = gla_backward(be, do, dmemory, s_gla)
+        drows = be.xp.empty(shape, do.dtype)
+        if self.c.feature_map == "relu":
+            relu_heads_backward(be, dq, dk, dv, s_heads, drows)
+        else:
+            sigmoid_heads_backward(be, dq, dk, dv, dlog_g, s_heads, drows)
+        if low_rank is not None:
+            dz = log_gate_backward(be, dlog_g, s_gate).reshape(*shape[:2], -1)
+            drows[..., -low_rank.shape[-1] :] = linear_backward(
+                be, dz, low_rank, self.gate_w, self.dgate_w, self.dgate_b
+            )
+        return drows, dstart.sum(0, keepdims=True) if has_sinks else None
 
 
-class SoftmaxAttention:
+class SoftmaxAttention(Mixer):
     """Softmax attention with RoPE, through a window of W keys or (window None) over all of them."""
 
     @staticmethod
-    def specs(c: Config, prefix: str) -> list[Spec]:
+    def specs(c: Config, prefix: str, normed: bool = False) -> list[Spec]:
         return [
-            *_qkv_specs(c, prefix),
-            *_qkv_bias_specs(c, prefix),
+            *input_specs(c, prefix),
+            *([_head_norm_spec(c, prefix)] if normed else []),
             _out_spec(c, f"{prefix}.o_proj.weight", c.heads * c.head_dim),
         ]
 
-    def __init__(self, c: Config, store: ParamStore, prefix: str, window: int | None):
-        self.c, self.window, self.int8 = c, window, isinstance(store, QuantizedStore)
-        self.inputs = projections(store, prefix, _QKV, _BIASES if c.qkv_bias else ())
-        self.output = projections(store, prefix, {"o": "o_proj.weight"})
+    def __init__(self, c: Config, store: ParamStore, prefix: str, window: int | None, normed=False, projected=True):
+        """normed: an RMSNorm per head, as linear attention has it, before the two are added."""
+        super().__init__(c, store, prefix, False, projected)
+        self.window, self.int8, self.normed = window, isinstance(store, QuantizedStore), normed
+        if normed:
+            self.g_norm, self.dg_norm = store.rows([f"{prefix}.g_norm.weight"])
 
     def new_state(self, be, batch: int, dtype) -> KeyValueCache:
         return (Int8KeyValueCache if self.int8 else KeyValueCache)(be, self.c, batch, dtype, self.window)
 
-    def forward(self, ctx: Context, x, state: KeyValueCache | None = None):
-        """x (B,T,C) -> y (B,T,C)."""
+    def mix(self, ctx: Context, rows, state: KeyValueCache | None = None, sinks=None):
+        """See Mixer.  memory: keys and values of the sinks."""
         be, c = ctx.be, self.c
-        B, T, _ = x.shape
-        rows, s_in = self.inputs.forward(ctx, x)
+        B, T, _ = rows.shape
         q, k, v = rope_forward(be, rows, ctx.cos, ctx.sin, c.heads, c.kv_heads, c.head_dim)
-        s_attention = None
-        if self.int8:
-            o = self._attend_int8(be, q, k, v, state)
+        memory = (k[0], v[0]) if ctx.sinks else None
+        if ctx.sinks:  # they see each other, in both directions, and nothing else
+            o, s_attention = self._attend_sinks(be, q, None, memory)
+        elif self.int8:
+            o, s_attention = self._attend_int8(be, q, k, v, state), None
         elif state is not None and T == 1:
             state.append(k, v)
-            o = attention_step(be, q, state.k, state.v, state.count)
+            o, s_attention = attention_step(be, q, state.k, state.v, state.count), None
         else:
             if state is not None:
                 past_k, past_v = state.past()
                 state.append(k, v)
                 k = be.xp.concatenate([past_k, k], axis=1)
                 v = be.xp.concatenate([past_v, v], axis=1)
-            o, s_attention = attention_forward(be, q, k, v, self.window or k.shape[1])
-        y, s_out = self.output.forward(ctx, o.reshape(B, T, -1))
-        return y, (s_in, ctx.cos, ctx.sin, s_attention, s_out)
+                sinks = state.sinks()
+            o, s_window = attention_forward(be, q, k, v, self.window or k.shape[1])
+            o, s_attention = (o, (s_window, None)) if sinks is None else self._attend_sinks(be, q, s_window, sinks)
+        s_norm = None
+        if self.normed:
+            o, s_norm = rmsnorm_forward(be, o, self.g_norm, c.norm_eps)
+        return o.reshape(B, T, -1), memory, (rows.shape, q.shape, ctx.cos, ctx.sin, s_attention, s_norm, ctx.sinks)
+
+    @staticmethod
+    def _attend_sinks(be, q, s_window, memory):
+        """Attention to the sinks beside that through the window, if there was one -> o, saved of both."""
+        if s_window is None:
+            o, lse = sinks_forward(be, q, *memory)
+        else:
+            *qkv, o, lse, window, scale = s_window
+            o, lse = sinks_forward(be, q, *memory, o, lse)
+            s_window = (*qkv, o, lse, window, scale)  # its backward wants o and lse over all keys
+        return o, (s_window, (q, *memory, o, lse))
 
     def _attend_int8(self, be, q, k, v, state: Int8KeyValueCache | None):
         """q (B,T,H,D) as spike counts, k, v (B,T,G,D) as int8, here and in the cache -> o (B,T,H,D)."""
@@ -219,25 +293,37 @@ class SoftmaxAttention:
             k, v = be.xp.concatenate([past_k, k], axis=1), be.xp.concatenate([past_v, v], axis=1)
         return attention_forward(be, decode_heads(q16, qv), k, v, self.window or k.shape[1])[0]
 
-    def backward(self, be, dy, saved):
-        """dy (B,T,C) -> dx (B,T,C)."""
-        s_in, cos, sin, s_attention, s_out = saved
-        do = self.output.backward(be, dy, s_out).reshape(s_attention[0].shape)
-        dq, dk, dv = attention_backward(be, do, s_attention)
-        drows = be.xp.empty((*dy.shape[:2], self.inputs.w.shape[0]), dy.dtype)
+    def mix_backward(self, be, do, saved, dmemory=None):
+        """See Mixer."""
+        shape, heads_shape, cos, sin, (s_window, s_sinks), s_norm, reading_sinks = saved
+        do = do.reshape(heads_shape)
+        if self.normed:
+            do = rmsnorm_backward(be, do, s_norm, self.dg_norm)
+        dq = dk = dv = dsinks = None
+        if s_window is not None:
+            dq, dk, dv = attention_backward(be, do, s_window)
+        if s_sinks is not None:
+            dq, *dsinks = sinks_backward(be, do, *s_sinks, dq=dq)
+        if reading_sinks:  # their keys and values are read by themselves and by the text
+            dk, dv = ((own + text)[None] for own, text in zip(dsinks, dmemory, strict=True))
+            dsinks = None
+        drows = be.xp.empty(shape, do.dtype)
         rope_backward(be, dq, dk, dv, cos, sin, drows)
-        return self.inputs.backward(be, drows, s_in)
+        drows[..., ends(self.c.heads, self.c.kv_heads, self.c.head_dim)[2] :] = 0  # a gate's, not read here
+        return drows, dsinks
 
 
 class SwiGLU:
     """The feed-forward network: down(silu(gate(x)) * up(x))."""
 
     @staticmethod
-    def specs(c: Config, prefix: str) -> list[Spec]:
+    def specs(c: Config, prefix: str, ffn: int | None = None) -> list[Spec]:
+        """ffn: the hidden width, if not F."""
+        F = c.ffn if ffn is None else ffn
         return [
-            Spec(f"{prefix}.gate_proj.weight", (c.ffn, c.width), init=c.width**-0.5),
-            Spec(f"{prefix}.up_proj.weight", (c.ffn, c.width), init=c.width**-0.5, joined=True),
-            _out_spec(c, f"{prefix}.down_proj.weight", c.ffn),
+            Spec(f"{prefix}.gate_proj.weight", (F, c.width), init=c.width**-0.5),
+            Spec(f"{prefix}.up_proj.weight", (F, c.width), init=c.width**-0.5, joined=True),
+            _out_spec(c, f"{prefix}.down_proj.weight", F),
         ]
 
     def __init__(self, c: Config, store: ParamStore, prefix: str):
@@ -260,6 +346,17 @@ class SwiGLU:
 
 _QKV = {"q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight"}
 _BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+
+
+def input_specs(c: Config, prefix: str, gated: bool = False) -> list[Spec]:
+    """q, k, v and, below them, the low-rank gate's first matrix; biases of q, k and v."""
+    gate = Spec(f"{prefix}.gk_proj.0.weight", (c.gate_rank, c.width), init=c.width**-0.5, joined=True)
+    return [*_qkv_specs(c, prefix), *([gate] if gated else []), *_qkv_bias_specs(c, prefix)]
+
+
+def _head_norm_spec(c: Config, prefix: str) -> Spec:
+    """One weight [D] for every head."""
+    return Spec(f"{prefix}.g_norm.weight", (c.head_dim,), init="ones", decay=False)
 
 
 def _qkv_sizes(c: Config) -> tuple[int, int, int]:

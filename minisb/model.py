@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from minisb.config import Config, spikes_by_layer
 from minisb.errors import MinisbError
+from minisb.experts import MixtureOfExperts
+from minisb.hybrid import ParallelHybrid, SharedHybrid
 from minisb.layers import Context, GatedLinearAttention, SoftmaxAttention, SwiGLU
 from minisb.ops.cross_entropy import IGNORE, cross_entropy
 from minisb.ops.embedding import embedding_backward, embedding_forward
@@ -21,18 +23,30 @@ HEAD_LOGITS = 1 << 21
 def specs(c: Config) -> list[Spec]:
     """Every parameter of the model, in the order of the forward pass; allocates nothing."""
     found = [Spec("embeddings.weight", (c.vocab, c.width), init=0.1)]
+    if c.sinks:
+        found.append(Spec("sinks.weight", (c.sinks, c.width), init=0.1))
     for i in range(c.layers):
-        mixer = GatedLinearAttention if c.mixer(i) == "gla" else SoftmaxAttention
         found += [
             Spec(f"layers.{i}.attn_norm.weight", (c.width,), init="ones", decay=False),
-            *mixer.specs(c, f"layers.{i}.attn"),
+            *_mixer_class(c, i).specs(c, f"layers.{i}.attn"),
             Spec(f"layers.{i}.mlp_norm.weight", (c.width,), init="ones", decay=False),
-            *SwiGLU.specs(c, f"layers.{i}.mlp"),
+            *_ffn_class(c, i).specs(c, f"layers.{i}.mlp"),
         ]
     found.append(Spec("norm.weight", (c.width,), init="ones", decay=False))
     if not c.tied:
         found.append(Spec("lm_head.weight", (c.vocab, c.width), init=0.02))
     return found
+
+
+def _mixer_class(c: Config, layer: int):
+    linear, _, softmax = c.mixer(layer).partition("+")
+    if softmax:
+        return SharedHybrid if c.shared_projections else ParallelHybrid
+    return GatedLinearAttention if linear == "gla" else SoftmaxAttention
+
+
+def _ffn_class(c: Config, layer: int):
+    return MixtureOfExperts if c.ffn_kind(layer) == "moe" else SwiGLU
 
 
 class Block:
@@ -46,29 +60,30 @@ class Block:
     def __init__(self, c: Config, store: ParamStore, index: int):
         prefix, self.eps = f"layers.{index}", c.norm_eps
         kind = c.mixer(index)
-        if kind == "gla":
-            self.mixer = GatedLinearAttention(c, store, f"{prefix}.attn")
-        else:
-            self.mixer = SoftmaxAttention(c, store, f"{prefix}.attn", c.window if kind == "window" else None)
-        self.ffn = SwiGLU(c, store, f"{prefix}.mlp")
+        softmax = () if kind == "gla" else (c.window if kind.endswith("window") else None,)
+        self.mixer = _mixer_class(c, index)(c, store, f"{prefix}.attn", *softmax)
+        self.ffn = _ffn_class(c, index)(c, store, f"{prefix}.mlp")
         self.norm1, self.dnorm1 = store.rows([f"{prefix}.attn_norm.weight"])
         self.norm2, self.dnorm2 = store.rows([f"{prefix}.mlp_norm.weight"])
 
-    def forward(self, ctx: Context, x, delta, state=None):
-        """x, delta (B,T,C) -> x, delta (B,T,C), saved.  delta is None in the first block."""
+    def forward(self, ctx: Context, x, delta, state=None, sinks=None):
+        """x, delta (B,T,C) -> x, delta (B,T,C), memory, saved.  delta is None in the first block.
+
+        sinks: the memory that this block gave when it read the sinks, None without them.
+        """
         x, h, s_norm1 = add_norm(ctx.be, x, delta, self.norm1, self.eps)
-        delta, s_mixer = self.mixer.forward(ctx, h, state)
+        delta, memory, s_mixer = self.mixer.forward(ctx, h, state, sinks)
         x, h, s_norm2 = add_norm(ctx.be, x, delta, self.norm2, self.eps)
         delta, s_ffn = self.ffn.forward(ctx, h)
-        return x, delta, (s_norm1, s_mixer, s_norm2, s_ffn)
+        return x, delta, memory, (s_norm1, s_mixer, s_norm2, s_ffn)
 
-    def backward(self, be, dz, saved):
-        """dz (B,T,C), the gradient of the stream after this block -> before it."""
+    def backward(self, be, dz, saved, dmemory=None):
+        """dz (B,T,C), the gradient of the stream after this block -> before it, and dsinks."""
         s_norm1, s_mixer, s_norm2, s_ffn = saved
         dh = self.ffn.backward(be, dz, s_ffn)
         dz = add_rmsnorm_backward(be, dz, dh, s_norm2, self.dnorm2)
-        dh = self.mixer.backward(be, dz, s_mixer)
-        return add_rmsnorm_backward(be, dz, dh, s_norm1, self.dnorm1)
+        dh, dsinks = self.mixer.backward(be, dz, s_mixer, dmemory)
+        return add_rmsnorm_backward(be, dz, dh, s_norm1, self.dnorm1), dsinks
 
 
 def add_norm(be, x, delta, w, eps):
@@ -94,7 +109,9 @@ class SpikingBrain:
         self.embedding, self.dembedding = self.store.rows(["embeddings.weight"])
         self.head, self.dhead = self.store.rows(["embeddings.weight" if config.tied else "lm_head.weight"])
         self.norm, self.dnorm = self.store.rows(["norm.weight"])
-        self._angles = None, []
+        if config.sinks:
+            self.sinks, self.dsinks = self.store.rows(["sinks.weight"])
+        self._angles = {}
 
     def forward(self, tokens, spike=False, tap=None):
         """One full pass: tokens (B,T) -> logits (B,T,V)."""
@@ -109,11 +126,15 @@ class SpikingBrain:
         h, _ = self._forward(tokens, spike, tap)
         return self._head_loss(h, targets) / self._counted(targets)
 
-    def loss_and_backward(self, tokens, targets, spike=False, scale: float = 1.0):
-        """Mean loss, as `loss` gives it; scale * its gradient is added to store.g."""
+    def loss_and_backward(self, tokens, targets, spike=False, scale: float = 1.0, tap=None):
+        """Mean loss, as `loss` gives it; scale * its gradient is added to store.g.
+
+        With experts also scale * the gradient of the routers' own losses, which are not in the number returned:
+        the tap sees them (experts.py).
+        """
         if isinstance(self.store, QuantizedStore):
             raise MinisbError("a quantised model cannot be trained: go on with the run it was made from.")
-        h, saved = self._forward(tokens, spike)
+        h, saved = self._forward(tokens, spike, tap, aux=scale)
         count = self._counted(targets)
         dh = self.be.xp.empty_like(h)
         total = self._head_loss(h, targets, dh, scale / count)
@@ -134,38 +155,71 @@ class SpikingBrain:
         """Read one token each (B,); state is updated -> logits (B,V)."""
         return self.prefill(tokens[:, None], state, spike)
 
-    def _context(self, length: int, start: int, spike, tap) -> Context:
+    def _context(self, length: int, start: int, spike, tap, **how) -> Context:
         c = self.config
         spikes = spikes_by_layer(c.spike if spike is True else tuple(spike or ()), c.layers)
-        return Context(self.be, spikes, c.spike_k, *self._rotary(start, length), tap)
+        return Context(self.be, spikes, c.spike_k, *self._rotary(start, length), tap, **how)
 
     def _rotary(self, start: int, length: int):
-        """cos, sin (length,D/2).  The last ones are kept: training asks for the same in every step."""
-        if self._angles[0] != (start, length):
+        """cos, sin (length,D/2).  The last two are kept, sinks' and text's, the same in every step of training."""
+        if (start, length) not in self._angles:
             tables = rope_table(start, length, self.config.head_dim, self.config.rope_theta)
-            self._angles = (start, length), [self.be.xp.asarray(x, self.embedding.dtype) for x in tables]
-        return self._angles[1]
+            last = list(self._angles.items())[-1:]
+            self._angles = dict(last) | {(start, length): [self.be.xp.asarray(x, self.embedding.dtype) for x in tables]}
+        return self._angles[start, length]
 
-    def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None):
-        """-> normed output of the last block (B,T,C), and what backward needs."""
-        ctx = self._context(tokens.shape[1], state.position if state else 0, spike, tap)
+    def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None, aux: float | None = None):
+        """-> normed output of the last block (B,T,C), and what backward needs.  aux: see Context."""
+        S = self.config.sinks
+        memories, s_sinks = [None] * len(self.blocks), None
+        if S and (state is None or state.position == 0):
+            memories, s_sinks = self._read_sinks(spike)
+            if state is not None:
+                for layer, memory in zip(state.layers, memories, strict=True):
+                    layer.begin(memory)
+        ctx = self._context(tokens.shape[1], S + (state.position if state else 0), spike, tap, aux=aux)
         x, delta = self._embed(tokens), None
         saved = []
         for i, block in enumerate(self.blocks):
-            x, delta, s = block.forward(ctx, x, delta, state.layers[i] if state else None)
+            x, delta, _, s = block.forward(ctx, x, delta, state.layers[i] if state else None, memories[i])
             saved.append(s if state is None else None)
         if state is not None:
             state.position += tokens.shape[1]
         _, h, s_norm = add_norm(self.be, x, delta, self.norm, self.config.norm_eps)
-        return h, (saved, s_norm)
+        return h, (saved, s_norm, s_sinks)
 
     def _backward(self, dh, tokens, saved):
         """dh (B,T,C), the gradient of _forward's output; every parameter's gradient is added."""
-        blocks, s_norm = saved
+        blocks, s_norm, s_sinks = saved
+        dmemories = []
         dz = add_rmsnorm_backward(self.be, self.be.xp.zeros_like(dh), dh, s_norm, self.dnorm)
         for block in reversed(self.blocks):
-            dz = block.backward(self.be, dz, blocks.pop())  # popped: freed as soon as it is used
+            dz, dmemory = block.backward(self.be, dz, blocks.pop())  # popped: freed as soon as it is used
+            dmemories.append(dmemory)
         embedding_backward(self.be, dz, tokens, self.dembedding)
+        if s_sinks:
+            self._read_sinks_backward(dmemories, s_sinks)
+
+    def _read_sinks(self, spike):
+        """The sinks through every block, once for all sequences: they see no text.
+
+        -> what each layer's text sees of them, and what backward needs.
+        """
+        ctx = self._context(self.config.sinks, 0, spike, None, sinks=True)
+        x, delta = self.sinks[None], None
+        memories, saved = [], []
+        for block in self.blocks:
+            x, delta, memory, s = block.forward(ctx, x, delta)
+            memories.append(memory)
+            saved.append(s)
+        return memories, saved
+
+    def _read_sinks_backward(self, dmemories, saved):
+        """dmemories: the gradient of each layer's memory, last layer first, summed over the batch."""
+        dz = self.be.xp.zeros_like(self.sinks[None])  # nobody reads the sinks' own outputs
+        for block, dmemory in zip(reversed(self.blocks), dmemories, strict=True):
+            dz, _ = block.backward(self.be, dz, saved.pop(), dmemory)
+        self.dsinks += dz[0]
 
     def _embed(self, tokens):
         """tokens (B,T) -> (B,T,C)."""

@@ -76,6 +76,36 @@ def loss_curve(folder, picture, bigram: float | None = None):
     _save(plt, figure, picture)
 
 
+def expert_load(folder, picture) -> Path:
+    """What share of the tokens each expert took over a run, the layers with experts below each other -> a PNG.
+
+    White is the fair share 1/E, blue is less, orange is more.
+    """
+    plt = _pyplot()
+    log = [entry for entry in read_log(folder) if "expert_load" in entry]
+    if not log:
+        raise MinisbError(f"{folder} has logged no load of experts.")
+    layers = list(log[0]["expert_load"])
+    load = np.array([[entry["expert_load"][layer] for layer in layers] for entry in log])  # (steps, layers, E)
+    E = load.shape[2]
+    over = np.log2(np.maximum(load * E, 1 / 8))  # fair shares, as a logarithm
+    colours = plt.matplotlib.colors.LinearSegmentedColormap.from_list("load", [BLUE, "white", ORANGE])
+    figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.11 * len(layers) * min(E, 8)), dpi=120)
+    rows = over.reshape(len(log), -1).T
+    ends = (0, log[-1]["tokens"], len(layers), 0)
+    image = axes.imshow(rows, aspect="auto", cmap=colours, vmin=-3, vmax=3, extent=ends, interpolation="nearest")
+    axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=7)
+    axes.hlines(np.arange(1, len(layers)), 0, log[-1]["tokens"], color="white", lw=1)
+    axes.set_ylabel(f"layer, its {E} experts below each other", fontsize=8)
+    axes.set_xlabel("tokens read")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if log[-1]["tokens"] > 1e5 else f"{x:g}")
+    bar = figure.colorbar(image, ax=axes, ticks=[-3, 0, 3], shrink=min(1.0, 8 / len(layers)))
+    bar.ax.set_yticklabels(["1/8", "fair", "x 8"], fontsize=7)
+    axes.set_title("share of the tokens that each expert took")
+    figure.tight_layout()
+    return _save(plt, figure, picture)
+
+
 def raster(counts, picture) -> Path:
     """The same counts (N,) in every code, one neuron a row, time to the right (report, figure 10) -> a PNG.
 

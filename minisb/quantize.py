@@ -48,6 +48,9 @@ def main(args) -> int:
     settings = checkpoint.load_config(args.run)
     if "quantized" in settings:
         raise MinisbError(f"{args.run} is quantised already.")
+    c = settings["model"]
+    if c.has_experts or c.sinks or c.feature_map != "relu" or any("+" in mixer for mixer in c.mixers):
+        raise MinisbError("quantize knows the 7B's layers; parallel hybrids, experts and sinks have no int8 form yet.")
     if checkpoint.is_run(args.out):
         raise MinisbError(f"{args.out} already holds a run: give another --out.")
     model = checkpoint.load_model(args.run, "cpu", threads=args.threads)

@@ -1,7 +1,7 @@
 """What decoding remembers: one entry a layer, of a size that does not depend on how much was read.
 
 GLA keeps a matrix [B,G,D,D].  A windowed layer keeps its last W keys and values in a ring.
-Only full attention keeps everything.
+Only full attention keeps everything.  Learned sinks before the text are read once and stay.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ class GLAState:
     def nbytes(self) -> int:
         return self.matrix.nbytes
 
+    def begin(self, memory):
+        """Start from what the sinks left, (1,G,D,D)."""
+        self.matrix[...] = memory
+
     def copy(self):
         twin = object.__new__(type(self))
         twin.matrix = self.matrix.copy()
@@ -34,13 +38,14 @@ class KeyValueCache:
 
     window: a ring of W slots; the token at position t sits in slot t mod W.
     window None: all tokens are kept, and the arrays double when they are full.
+    Before these slots stand those of the config's sinks, which never leave.
     """
 
     FIELDS = ("k", "v")  # what append takes, in this order
 
     def __init__(self, be, config: Config, batch: int, dtype, window: int | None):
-        self.be, self.window, self.seen = be, window, 0
-        shape = (batch, window or 64, config.kv_heads, config.head_dim)
+        self.be, self.window, self.seen, self.first = be, window, 0, config.sinks
+        shape = (batch, self.first + (window or 64), config.kv_heads, config.head_dim)
         self.k = be.xp.zeros(shape, dtype)
         self.v = be.xp.zeros(shape, dtype)
 
@@ -50,20 +55,28 @@ class KeyValueCache:
 
     @property
     def count(self) -> int:
-        """Slots in use."""
-        return min(self.seen, self.window) if self.window else self.seen
+        """Slots in use, from the beginning."""
+        return self.first + (min(self.seen, self.window) if self.window else self.seen)
+
+    def begin(self, memory):
+        """Keys and values (S,G,D) of the sinks."""
+        self.k[:, : self.first], self.v[:, : self.first] = memory
+
+    def sinks(self):
+        """Keys and values (S,G,D) of the sinks, None if there are none."""
+        return (self.k[0, : self.first], self.v[0, : self.first]) if self.first else None
 
     def append(self, *new):
         """Remember the keys and values (B,T,G,D) of the next T tokens."""
         T = new[0].shape[1]
         if not self.window:
             self._grow(self.seen + T)
-        slots = self.k.shape[1]
+        slots = self.k.shape[1] - self.first
         first = max(0, T - slots)  # tokens before this one would be overwritten at once
         # one token, as in decoding: a plain index spares four gathers
         at = self.seen % slots if T == 1 else (self.seen + self.be.xp.arange(first, T)) % slots
         for name, x in zip(self.FIELDS, new, strict=True):
-            getattr(self, name)[:, at] = x[:, 0] if T == 1 else x[:, first:]
+            getattr(self, name)[:, self.first + at] = x[:, 0] if T == 1 else x[:, first:]
         self.seen += T
 
     def past(self):
@@ -73,9 +86,9 @@ class KeyValueCache:
     def _past(self):
         """The slots of past(), in its order."""
         if not self.window:
-            return slice(self.seen)
+            return slice(self.first, self.first + self.seen)
         length = min(self.seen, self.window - 1)
-        return self.be.xp.arange(self.seen - length, self.seen) % self.window
+        return self.first + self.be.xp.arange(self.seen - length, self.seen) % self.window
 
     def copy(self):
         twin = object.__new__(type(self))
@@ -83,14 +96,14 @@ class KeyValueCache:
         return twin
 
     def _grow(self, needed: int):
-        slots = self.k.shape[1]
+        slots = self.k.shape[1] - self.first
         if needed <= slots:
             return
         while slots < needed:
             slots *= 2
         for name in self.FIELDS:
             old = getattr(self, name)
-            new = self.be.xp.zeros((old.shape[0], slots, *old.shape[2:]), old.dtype)
+            new = self.be.xp.zeros((old.shape[0], self.first + slots, *old.shape[2:]), old.dtype)
             new[:, : old.shape[1]] = old
             setattr(self, name, new)
 
@@ -110,8 +123,26 @@ class Int8KeyValueCache(KeyValueCache):
         return decode_heads(self.k[:, at], self.ku[:, at]), decode_heads(self.v[:, at], self.vu[:, at])
 
 
+class PairState(tuple):
+    """The states of a parallel hybrid: its linear attention's, then its softmax attention's."""
+
+    def __new__(cls, linear: GLAState, softmax: KeyValueCache):
+        return super().__new__(cls, (linear, softmax))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self)
+
+    def begin(self, memory):
+        for state, part in zip(self, memory, strict=True):
+            state.begin(part)
+
+    def copy(self):
+        return PairState(*(state.copy() for state in self))
+
+
 class DecodeState:
-    """The memory of a whole model between two calls of prefill or step."""
+    """The memory of a whole model between two calls of prefill or step.  position: tokens of text read so far."""
 
     def __init__(self, layers: list, position: int = 0):
         self.layers, self.position = layers, position

@@ -22,6 +22,7 @@ from minisb import checkpoint
 from minisb.config import Config
 from minisb.data import TokenData, batch, bigram_loss, eval_batches
 from minisb.errors import MinisbError
+from minisb.experts import Loads
 from minisb.model import SpikingBrain, specs
 from minisb.ops.adamw import grad_norm
 from minisb.ops.spike import window_sparsity
@@ -82,6 +83,7 @@ class Trainer:
         self.first = self.saved = step  # where this process began, and what is on disk
         self.clock = Clock()
         self.logged = (step, 0.0)  # step and clock at the last record
+        self.loads = None  # of the experts in this step, where it is logged
         c = model.config
         for name, tokens in (("training", data.train), ("validation", data.val)):
             if len(tokens) <= c.seq_len:
@@ -161,11 +163,14 @@ class Trainer:
         # One large batch in slices, so that accumulating N is the same step as a batch N times larger.
         x, y = batch(self.data.train, c.batch_size * s.accumulate, c.seq_len, s.seed, self.step)
         asarray = self.model.be.xp.asarray
+        self.loads = Loads() if c.has_experts and self._logged(self.step + 1) else None
         self.model.store.zero_grad()
         loss = 0.0
         for start in range(0, len(x), c.batch_size):
             rows = slice(start, start + c.batch_size)
-            part = self.model.loss_and_backward(asarray(x[rows]), asarray(y[rows]), self.spiking, 1 / s.accumulate)
+            part = self.model.loss_and_backward(
+                asarray(x[rows]), asarray(y[rows]), self.spiking, 1 / s.accumulate, self.loads
+            )
             loss += part / s.accumulate
         return loss, grad_norm(self.model.be, self.model.store.flat_g)
 
@@ -185,6 +190,8 @@ class Trainer:
         rate = (self.step - step) * self.tokens_per_step / (self.clock.seconds - seconds)
         record = {"step": self.step, "tokens": self.step * self.tokens_per_step, "loss": loss, "lr": lr}
         record |= {"grad_norm": norm, "tok_per_s": round(rate, 1)}
+        if self.loads:
+            record |= self.loads.record()
         if self._evaluated(self.step):
             found = evaluate(self.model, whole_windows(self.data.val, self.model.config, GLANCE_TOKENS))
             self._check_finite(validation_loss=found["val_loss"])

@@ -143,7 +143,7 @@ def test_info_as_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["preset"] == "7b" and found["parameters"]["total"] == 7_616_542_976
     assert set(found) == {
-        "preset", "config", "parameters", "layer_kinds", "weight_bytes", "optimizer_bytes",
+        "preset", "config", "parameters", "other_projections", "layer_kinds", "weight_bytes", "optimizer_bytes",
         "decode_state_bytes", "flops_per_token",
     }  # fmt: skip
     assert set(found["decode_state_bytes"]["bf16_cache"]) == set(found["flops_per_token"]["decoding"])

@@ -41,7 +41,7 @@ def test_texts():
 def test_a_missing_symbol_is_noticed():
     here = texts.ROOT / "minisb" / "ops" / "gla.py"
     assert texts.defines(here, "gla_forward") and not texts.defines(here, "gla_forwards")
-    assert texts.defines(texts.ROOT / "minisb" / "layers.py", "GatedLinearAttention.forward")
+    assert texts.defines(texts.ROOT / "minisb" / "layers.py", "GatedLinearAttention.mix")
     assert not texts.defines(texts.ROOT / "minisb" / "layers.py", "GatedLinearAttention.gla_forward")
 
 
