@@ -108,9 +108,9 @@ class CudaBackend(Backend):
         self.natives = gpu.named_ranges(device, self.natives)
         self.gemm = device.gemm
 
-    def launch(self, kernel: str, like, blocks, threads, *args):
+    def launch(self, kernel: str, like, blocks, threads, *args, **options):
         """Run a kernel in its version for arrays of the dtype of `like`; see gpu.Launcher.launch."""
-        self.device.launch(kernel, like.dtype, blocks, threads, *args)
+        self.device.launch(kernel, like.dtype, blocks, threads, *args, **options)
 
 
 def default_threads() -> int:

@@ -43,8 +43,8 @@ class Launcher:
         """An array as a kernel takes it, after a look at where it lies; None is a null pointer."""
         raise NotImplementedError
 
-    def launch(self, name: str, element, blocks, threads, *args):
-        """Run kernel `name`, compiled for arrays of `element`, a dtype.
+    def launch(self, name: str, element, blocks, threads, *args, shared: int = 0):
+        """Run kernel `name`, compiled for arrays of `element`, a dtype, with `shared` bytes of dynamic shared memory.
 
         blocks, threads: an int or a tuple of up to three.  args: arrays, None for a null pointer where
         the kernel allows it, numbers, and Rows(array) for a matrix whose rows are apart.
@@ -58,7 +58,12 @@ class Launcher:
             for (parameter, dtype), arg in zip(parameters, args, strict=True)
         ]
         blocks, threads = _three(blocks), _three(threads)
-        if all(blocks):  # an empty array needs no block
+        if not all(blocks):  # an empty array needs no block
+            return
+        if shared:
+            function.max_dynamic_shared_size_bytes = shared  # beyond 48 KB only if asked for
+            function(blocks, threads, packed, shared_mem=shared)
+        else:
             function(blocks, threads, packed)
 
     def _prepare(self, name: str, element):
@@ -120,6 +125,7 @@ class Gpu(Launcher):
         self.compiler = kernels.CupyNvrtc()
         self.target = kernels.architecture(self.device.compute_capability, self.compiler.architectures())
         self.gemm = Cublas(cupy).gemm
+        self.shared_bytes = self.device.attributes["MaxSharedMemoryPerBlockOptin"]
         self._null = np.uintp(0)
 
     def load(self, stem: str, element: str) -> dict:

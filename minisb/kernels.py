@@ -27,6 +27,7 @@ ELEMENTS = ("float32", "float64", "bfloat16", "float16")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 COMMON = "common.cuh"
 OPTIONS = ("--std=c++17", "-lineinfo")
+KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\s*\(([^)]*)\)'
 JOBS = 8  # files compiled at once, at most
 
 
@@ -79,7 +80,7 @@ def signatures() -> dict[str, tuple[str, tuple[Parameter, ...]]]:
     found = {}
     for stem, path in files().items():
         text = re.sub(r"//.*", "", path.read_text("utf-8"))
-        for name, inside in re.findall(r'extern "C" __global__ void\s+(\w+)\s*\(([^)]*)\)', text):
+        for name, inside in re.findall(KERNEL, text):
             found[name] = stem, tuple(_parameter(part) for part in inside.split(","))
     return found
 

@@ -15,7 +15,9 @@ from minisb.ops.spike import VTH_MAX, VTH_MIN
 MOST_BLOCKS = 4096  # of a kernel that walks its elements: enough for every GPU, and each thread takes several
 WARPS = 4  # of a block, where a warp takes a row
 SLICES = 256  # pieces of a long sum, at most
+MULTIPROCESSORS = 132  # of an H100: blocks that a launch should not fall short of
 LARGEST_HEAD = 256  # channels that the kernels of attention and linear attention hold
+FAST_CHUNK = 64  # tokens of a chunk on tensor cores (CHUNK in cuda/gla_fast.cu)
 CHUNK = 16  # tokens between two saved states of linear attention (CHUNK in cuda/gla.cu)
 
 
@@ -264,8 +266,14 @@ def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_
 
 
 def gla_forward(be, q, k, v, log_g, state=None, scale=None, chunk=CHUNK):
+    if _tensor_cores(be, q):
+        return _gla_forward_fast(be, q, k, v, log_g, state, scale)
     if not _walkable(q, k):
         return gla.gla_forward.reference(be, q, k, v, log_g, state, scale, chunk)
+    return _gla_forward_plain(be, q, k, v, log_g, state, scale, chunk)
+
+
+def _gla_forward_plain(be, q, k, v, log_g, state, scale, chunk):
     q, k, v, log_g, state = _contiguous(be, q, k, v, log_g, state)
     B, T, G, D = k.shape
     scale = D**-0.5 if scale is None else scale
@@ -290,7 +298,7 @@ def gla_backward(be, do, dstate, saved):
     if not _walkable(q, k):
         return gla.gla_backward.reference(be, do, dstate, saved)
     if chunk > CHUNK:  # more than a thread keeps: walk once more, saving oftener
-        return gla_backward(be, do, dstate, gla_forward(be, q, k, v, log_g, states[:, 0], scale)[2])
+        return gla_backward(be, do, dstate, _gla_forward_plain(be, q, k, v, log_g, states[:, 0], scale, CHUNK)[2])
     do, dstate, q, k, v, log_g, states = _contiguous(be, do, dstate, q, k, v, log_g, states)
     B, T, G, D = k.shape
     decay = _decay(be, q, log_g)
@@ -303,6 +311,44 @@ def gla_backward(be, do, dstate, saved):
     inputs = do, q, k, v, decay, states, dstate
     be.launch("gla_backward_rows", q, blocks, threads, *inputs, dq, dk, dlog_g, *sizes, chunk, parts)
     return dq, dk, dv, dlog_g, dfirst
+
+
+def _tensor_cores(be, q) -> bool:
+    """Whether cuda/gla_fast.cu is for these heads and this GPU (sm_80 and later, and with the shared memory)."""
+    D, target = q.shape[3], getattr(be.device, "target", "sm_0")
+    if q.dtype.itemsize != 2 or D not in (64, 128) or int(target.strip("sm_a")) < 80:
+        return False
+    return _fast_bytes(D) <= be.device.shared_bytes
+
+
+def _fast_bytes(D: int) -> int:
+    """sizeof(Shared<D>) in cuda/gla_fast.cu."""
+    padded = 2 * (D + 8)
+    stage = FAST_CHUNK * (4 * D + 2 * D + padded)
+    return 2 * stage + 3 * FAST_CHUNK * padded + D * padded + 8 * 4 * D
+
+
+def _gla_forward_fast(be, q, k, v, log_g, first, scale):
+    """Many states: a block walks each.  Few: the text is cut into pieces, whose states are found first."""
+    q, k, v, log_g, first = _contiguous(be, q, k, v, log_g, first)
+    (B, T, G, D), H = k.shape, q.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    chunks = -(-T // FAST_CHUNK)
+    a_piece = -(-chunks // max(1, min(chunks // 4, MULTIPROCESSORS // (B * G))))
+    pieces = -(-chunks // a_piece)
+    o, final, wide = be.xp.empty_like(q), be.xp.empty((B, G, D, D), "float32"), "float32"
+    states = be.xp.empty((B, chunks, G, D, D), wide)
+    sizes, shared = (T, H, G, scale, a_piece), _fast_bytes(D)
+    kernel = {64: "gla_fast_forward_64", 128: "gla_fast_forward_128"}[D]
+    grid, inputs = (B * G, 1, pieces), (q, k, v, log_g)
+    ends = final
+    if pieces > 1:
+        ends, decays = be.xp.empty((B, G, pieces, D, D), wide), be.xp.empty((B, G, pieces, D), wide)
+        be.launch(kernel, q, grid, 256, *inputs, None, None, ends, None, decays, *sizes, shared=shared)
+        _each(be, "gla_fast_join", q, final.size, first, ends, decays, final, B * G, pieces, D)
+        first, ends = ends, be.xp.empty_like(ends)
+    be.launch(kernel, q, grid, 256, *inputs, first, o, ends, states, None, *sizes, shared=shared)
+    return o, final, (q, k, v, log_g, scale, FAST_CHUNK, states)
 
 
 def _walkable(q, k) -> bool:

@@ -75,7 +75,8 @@ class QuantizedStore:
         if len(parts) == 1 and parts[0].w8.ctypes.data % LINE == 0:  # such as a tied head, which comes twice
             parts[0].k = k
             return parts[0]
-        joined = Int8Matrix(aligned([m.w8 for m in parts]), np.asfortranarray(np.concatenate([m.scales for m in parts])), k)
+        scales = np.asfortranarray(np.concatenate([m.scales for m in parts]))
+        joined = Int8Matrix(aligned([m.w8 for m in parts]), scales, k)
         start = 0
         for name, part in zip(names, parts, strict=True):
             end = start + len(part.w8)

@@ -1,0 +1,405 @@
+// Gated linear attention by chunks of 64 tokens on tensor cores: gla.cu's fast twin for heads of 64 or 128
+// channels, stored in bfloat16 or float16 (sm_80 and later).
+//
+// With b_t the sum of log_g from the chunk's start up to t, and m that sum in the middle of the chunk, let
+//   q'_t = q_t e^(b_t - m),   k'_s = k_s e^(m - b_s),   S' = e^m S      (S: the state before the chunk)
+// Then, with e^(b_end - m) the decay from the middle to the end,
+//   o_t   = scale ( sum over s <= t of (q'_t . k'_s) v_s  +  q'_t S' )
+//   S_end = e^(b_end - m) (S' + sum over s of k'_s^T v_s)
+// so k', v and S' serve all four products.  An exponent can be positive here, but spans half a chunk at most;
+// a chunk where that would exceed SPAN is walked token by token instead, exactly (`walk`).
+//
+// Two schedules.  Many heads: a block walks a whole text.  Few (one long text): the text is cut into Z pieces;
+// their states are computed from zero, joined (`gla_fast_join`), and the pieces walked again from there.
+//
+// Shapes: as in gla.cu; states (B,N,G,D,D) for the N chunks of 64; first and final (B,G,Z,D,D).
+// Grid: x is a state (b, g), z a piece of `chunks` chunks; 8 warps.  The next chunk is on its way from memory while this one is computed.
+// Bytes: every input once (k, v and the gates twice in pieces), o once, the saved states once.
+
+#if (defined(REAL_bfloat16) || defined(REAL_float16)) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+#define TENSOR_CORES 1
+#else
+#define TENSOR_CORES 0
+#endif
+
+constexpr int CHUNK = 64;  // tokens
+constexpr int PAD = 8;     // of a row in shared memory: the rows of a tile lie in different banks
+#ifdef REAL_float16
+constexpr float SPAN = 8;  // e^8 times an activation of 20 is still a float16
+#else
+constexpr float SPAN = 40;
+#endif
+
+#if TENSOR_CORES
+typedef unsigned u32;
+
+__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Four 8 x 8 tiles; lanes 0-7 give the rows of the first, 8-15 of the second, ...
+__device__ inline void load_tiles(u32 (&to)[4], const real* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ inline void load_tiles_transposed(u32 (&to)[4], const real* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8)
+__device__ inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)
+{
+#ifdef REAL_float16
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+    asm(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two neighbours as one word, the first in the low half.
+__device__ inline u32 pack(float low, float high)
+{
+    u32 both;
+#ifdef REAL_float16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+    return both;
+}
+
+__device__ inline float2 unpack(u32 both)
+{
+#ifdef REAL_float16
+    float2 x;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(both));
+    return x;
+#else
+    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000));
+#endif
+}
+
+// 16 bytes from global to shared memory without passing a register; zeros if not `there`.
+__device__ inline void copy_async(void* to, const void* from, bool there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copies_arrived() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// a tile of a (rows x 16), stored by rows, as the first operand: 16 rows from `row`, columns from `column`.
+template <int PITCH>
+__device__ inline void left(u32 (&a)[4], const real* x, int row, int column)
+{
+    load_tiles(a, x + (row + lane() % 16) * PITCH + column + lane() / 16 * 8);
+}
+
+// The same of the transposed: x is stored (16 x rows).
+template <int PITCH>
+__device__ inline void left_transposed(u32 (&a)[4], const real* x, int row, int column)
+{
+    load_tiles_transposed(a, x + (column + lane() % 8 + lane() / 16 * 8) * PITCH + row + lane() / 8 % 2 * 8);
+}
+
+// Second operands for two tiles of 8 columns: b[0], b[1] for the first, b[2], b[3] for the second.
+// x stored (k x n), as v is:
+template <int PITCH>
+__device__ inline void right(u32 (&b)[4], const real* x, int k, int n)
+{
+    load_tiles_transposed(b, x + (k + lane() % 16) * PITCH + n + lane() / 16 * 8);
+}
+
+// x stored (n x k), as the keys of scores are:
+template <int PITCH>
+__device__ inline void right_transposed(u32 (&b)[4], const real* x, int k, int n)
+{
+    load_tiles(b, x + (n + lane() % 8 + lane() / 16 * 8) * PITCH + k + lane() / 8 % 2 * 8);
+}
+
+// How the 8 warps share the state (D x D): a tile of 16 rows each, and where there are fewer tiles than warps,
+// part of the columns.  In the products of a head, warps 0-3 take the even heads and 4-7 the odd ones, and
+// warp w of four has tokens 16w.. of the chunk.
+constexpr int WARPS = 8;
+
+template <int D>
+struct Layout {
+    static constexpr int row_tiles = D / 16, column_parts = WARPS / row_tiles, columns = D / column_parts;
+    static constexpr int pitch = D + PAD;
+};
+
+// One chunk's inputs as they come from memory.
+template <int D>
+struct Stage {
+    float gate[CHUNK][D];  // log_g, later e^(b_t - m)
+    real key[CHUNK][D];
+    real value[CHUNK][D + PAD];
+};
+
+template <int D>
+struct Shared {
+    Stage<D> stage[2];
+    real key[CHUNK][D + PAD];       // k'
+    real query[2][CHUNK][D + PAD];  // q' of two heads; a warp's rows are its own
+    real state[D][D + PAD];         // S'
+    float total[WARPS][D];          // of log_g over 8 tokens
+};
+
+template <int D>
+__device__ void fetch(Stage<D>& stage, const real* k, const real* v, const float* log_g, i64 row, i64 stride, int inside)
+{
+    // row: of the chunk's first token in k, in elements; `inside` tokens are inside the text
+    for (int i = threadIdx.x; i < CHUNK * D / 4; i += blockDim.x) {
+        const int t = i / (D / 4), c = i % (D / 4) * 4;
+        copy_async(&stage.gate[t][c], log_g + row + (t < inside ? t : 0) * stride + c, t < inside);
+    }
+    for (int i = threadIdx.x; i < CHUNK * D / 8; i += blockDim.x) {
+        const int t = i / (D / 8), c = i % (D / 8) * 8;
+        const i64 at = row + (t < inside ? t : 0) * stride + c;
+        copy_async(&stage.key[t][c], k + at, t < inside);
+        copy_async(&stage.value[t][c], v + at, t < inside);
+    }
+}
+
+// A chunk token by token, where a gate is too strong for the products.  q, o: of the chunk's first token and the
+// group's first head; the partial sums of o over a tile's rows meet in the memory of q', which is free here.
+template <int D>
+__device__ __forceinline__ void walk(Shared<D>& s, Stage<D>& stage, float (&S)[Layout<D>::columns / 8][4], const real* q, real* o,
+                                  int inside, int R, i64 step, float scale)
+{
+    typedef Layout<D> L;
+    const int warp = threadIdx.x / 32, row = lane() / 4, column = lane() % 4 * 2;
+    const int state_row = warp % L::row_tiles * 16, state_column = warp / L::row_tiles * L::columns;
+    float (*sums)[D] = (float(*)[D])s.query;  // (row_tiles, D)
+    for (int t = 0; t < CHUNK && t < inside; t++) {
+        for (int half = 0; half < 2; half++) {
+            const int d = state_row + row + 8 * half;
+            const float decay = exp(stage.gate[t][d]), key = stage.key[t][d];
+            for (int j = 0; j < L::columns / 8; j++)
+                for (int c = 0; c < 2; c++) {
+                    float& x = S[j][2 * half + c];
+                    x = decay * x + key * (float)stage.value[t][state_column + 8 * j + column + c];
+                }
+        }
+        for (int r = 0; r < R && o; r++) {
+            const real* query = q + t * step + r * D + state_row + row;
+            for (int j = 0; j < L::columns / 8; j++)
+                for (int c = 0; c < 2; c++) {
+                    float sum = (float)query[0] * S[j][c] + (float)query[8] * S[j][2 + c];
+                    for (int lanes = 16; lanes >= 4; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
+                    if (row == 0) sums[warp % L::row_tiles][state_column + 8 * j + column + c] = sum;
+                }
+            __syncthreads();
+            if (threadIdx.x < D) {
+                float sum = 0;
+                for (int tile = 0; tile < L::row_tiles; tile++) sum += sums[tile][threadIdx.x];
+                o[t * step + r * D + threadIdx.x] = scale * sum;
+            }
+            __syncthreads();
+        }
+    }
+}
+
+template <int D>
+__device__ void forward(const real* q, const real* k, const real* v, const float* log_g, const float* first, real* o,
+                        float* final, float* states, float* decays, int T, int H, int G, float scale, int chunks_a_piece)
+{
+    typedef Layout<D> L;
+    constexpr int PITCH = L::pitch, COLUMN_TILES = L::columns / 8;
+    extern __shared__ __align__(16) char memory[];
+    Shared<D>& s = *(Shared<D>*)memory;
+    const int b = blockIdx.x / G, g = blockIdx.x % G, R = H / G;
+    const int warp = threadIdx.x / 32, row = lane() / 4, column = lane() % 4 * 2, own = warp % 4 * 16;
+    const int state_row = warp % L::row_tiles * 16, state_column = warp / L::row_tiles * L::columns;
+    const i64 kv = ((i64)b * T * G + g) * D, kv_step = (i64)G * D, qo_step = (i64)H * D;
+    const i64 qo = ((i64)b * T * H + g * R) * D;
+    const int chunks = (T + CHUNK - 1) / CHUNK, n0 = blockIdx.z * chunks_a_piece;
+    const int n1 = n0 + chunks_a_piece < chunks ? n0 + chunks_a_piece : chunks;
+    const i64 piece = ((i64)blockIdx.x * gridDim.z + blockIdx.z) * D;  // rows of first and final before ours
+    float whole = 0;                                                    // log of the piece's decay, thread d's channel
+
+    // S: rows state_row + row (+ 8), columns state_column + 8 j + column (+ 1), as the products leave them
+    float S[COLUMN_TILES][4];
+    for (int j = 0; j < COLUMN_TILES; j++)
+        for (int c = 0; c < 4; c++)
+            S[j][c] = first ? first[(piece + state_row + row + c / 2 * 8) * D + state_column + 8 * j + column + c % 2] : 0;
+
+    fetch<D>(s.stage[n0 % 2], k, v, log_g, kv + n0 * CHUNK * kv_step, kv_step, T - n0 * CHUNK);
+    copies_issued();
+    for (int n = n0; n < n1; n++) {
+        Stage<D>& stage = s.stage[n % 2];
+        const int start = n * CHUNK, inside = T - start;
+        copies_arrived();
+        __syncthreads();
+        if (n + 1 < n1)
+            fetch<D>(s.stage[(n + 1) % 2], k, v, log_g, kv + (start + CHUNK) * kv_step, kv_step, inside - CHUNK);
+        copies_issued();
+
+        if (states) {
+            float* saved = states + (((i64)b * chunks + n) * G + g) * D * D + state_column + column;
+            for (int j = 0; j < COLUMN_TILES; j++)
+                for (int half = 0; half < 2; half++)
+                    *(float2*)(saved + (state_row + row + 8 * half) * D + 8 * j) = make_float2(S[j][2 * half], S[j][2 * half + 1]);
+        }
+
+        // The gates: sums over 8 tokens, a warp each; then every token's distance from the middle.
+        for (int d = lane(); d < D; d += 32) {
+            float sum = 0;
+            for (int t = 0; t < 8; t++) sum += stage.gate[8 * warp + t][d];
+            s.total[warp][d] = sum;
+        }
+        __syncthreads();
+        bool too_wide = false;
+        float to_middle = 0, to_end = 0;  // of thread d's channel
+        if (threadIdx.x < D) {
+            for (int w = 0; w < 4; w++) to_middle += s.total[w][threadIdx.x], to_end += s.total[w + 4][threadIdx.x];
+            too_wide = !(to_middle > -SPAN && to_end > -SPAN);  // so that NaN is walked too
+            whole += to_middle + to_end;
+        }
+        if (__syncthreads_or(too_wide)) {
+            walk<D>(s, stage, S, q + qo + start * qo_step, o ? o + qo + start * qo_step : o, inside, R, qo_step, scale);
+            continue;
+        }
+
+        for (int d = 2 * lane(); d < D; d += 64) {
+            float2 x = make_float2(0, 0);  // b_t - m of the token before the warp's first
+            for (int w = warp; w < 4; w++) x.x -= s.total[w][d], x.y -= s.total[w][d + 1];
+            for (int w = 4; w < warp; w++) x.x += s.total[w][d], x.y += s.total[w][d + 1];
+            for (int t = 8 * warp; t < 8 * warp + 8; t++) {
+                const float2 gate = *(float2*)&stage.gate[t][d], key = unpack(*(u32*)&stage.key[t][d]);
+                x.x += gate.x;
+                x.y += gate.y;
+                *(float2*)&stage.gate[t][d] = make_float2(__expf(x.x), __expf(x.y));
+                *(u32*)&s.key[t][d] = pack(key.x * __expf(-x.x), key.y * __expf(-x.y));
+            }
+        }
+        // S <- S' = e^m S, also into shared memory
+        float ending[2];
+        for (int half = 0; half < 2; half++) {
+            const int d = state_row + row + 8 * half;
+            const float decay = __expf(s.total[0][d] + s.total[1][d] + s.total[2][d] + s.total[3][d]);
+            ending[half] = __expf(s.total[4][d] + s.total[5][d] + s.total[6][d] + s.total[7][d]);
+            for (int j = 0; j < COLUMN_TILES; j++) {
+                S[j][2 * half] *= decay;
+                S[j][2 * half + 1] *= decay;
+                *(u32*)&s.state[d][state_column + 8 * j + column] = pack(S[j][2 * half], S[j][2 * half + 1]);
+            }
+        }
+        __syncthreads();
+
+        // S <- e^(b_end - m) (S' + k'^T v)
+        for (int t = 0; t < CHUNK; t += 16) {
+            u32 key[4];
+            left_transposed<PITCH>(key, s.key[0], state_row, t);
+            for (int j = 0; j < COLUMN_TILES; j += 2) {
+                u32 value[4];
+                right<PITCH>(value, stage.value[0], t, state_column + 8 * j);
+                multiply(S[j], key, value[0], value[1]);
+                multiply(S[j + 1], key, value[2], value[3]);
+            }
+        }
+        for (int j = 0; j < COLUMN_TILES; j++)
+            for (int c = 0; c < 4; c++) S[j][c] *= ending[c / 2];
+
+        for (int r = warp / 4; r < R && o; r += 2) {
+            real (&query)[CHUNK][D + PAD] = s.query[warp / 4];
+            for (int t = 0; t < 16; t++)  // q' of the warp's own 16 tokens
+                for (int d = 2 * lane(); d < D; d += 64) {
+                    const u32 raw = own + t < inside ? *(const u32*)(q + qo + (start + own + t) * qo_step + r * D + d) : 0;
+                    const float2 e = *(float2*)&stage.gate[own + t][d], x = unpack(raw);
+                    *(u32*)&query[own + t][d] = pack(x.x * e.x, x.y * e.y);
+                }
+            __syncwarp();
+            float P[8][4] = {}, out[D / 8][4] = {};
+            for (int d = 0; d < D; d += 16) {
+                u32 tile[4];
+                left<PITCH>(tile, query[0], own, d);
+                for (int j = 0; j < 4; j++)
+                    if (16 * j <= own) {  // later keys are not seen
+                        u32 key[4];
+                        right_transposed<PITCH>(key, s.key[0], d, 16 * j);
+                        multiply(P[2 * j], tile, key[0], key[1]);
+                        multiply(P[2 * j + 1], tile, key[2], key[3]);
+                    }
+                for (int j = 0; j < D / 8; j += 2) {
+                    u32 state[4];
+                    right<PITCH>(state, s.state[0], d, 8 * j);
+                    multiply(out[j], tile, state[0], state[1]);
+                    multiply(out[j + 1], tile, state[2], state[3]);
+                }
+            }
+            for (int j = 0; j < 4; j++)
+                if (16 * j <= own) {
+                    float (&low)[4] = P[2 * j], (&high)[4] = P[2 * j + 1];
+                    if (16 * j == own)
+                        for (int c = 0; c < 4; c++) {
+                            const int t = row + c / 2 * 8, at = column + c % 2;
+                            if (at > t) low[c] = 0;
+                            if (at + 8 > t) high[c] = 0;
+                        }
+                    const u32 score[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]),
+                                          pack(high[2], high[3])};
+                    for (int e = 0; e < D / 8; e += 2) {
+                        u32 value[4];
+                        right<PITCH>(value, stage.value[0], 16 * j, 8 * e);
+                        multiply(out[e], score, value[0], value[1]);
+                        multiply(out[e + 1], score, value[2], value[3]);
+                    }
+                }
+            for (int half = 0; half < 2; half++) {
+                const int t = own + row + 8 * half;
+                if (t < inside)
+                    for (int j = 0; j < D / 8; j++)
+                        *(u32*)(o + qo + (start + t) * qo_step + r * D + 8 * j + column) =
+                            pack(scale * out[j][2 * half], scale * out[j][2 * half + 1]);
+            }
+            __syncwarp();
+        }
+    }
+    for (int j = 0; j < COLUMN_TILES; j++)
+        for (int c = 0; c < 4; c++)
+            final[(piece + state_row + row + c / 2 * 8) * D + state_column + 8 * j + column + c % 2] = S[j][c];
+    if (decays && threadIdx.x < D) decays[piece + threadIdx.x] = exp(whole);
+}
+#endif
+
+// first, states, o (only states are wanted) and decays (B,G,Z,D) may be null.
+extern "C" __global__ void __launch_bounds__(256) gla_fast_forward_64(
+    const real* q, const real* k, const real* v, const wide* log_g, const wide* first, real* o, wide* final,
+    wide* states, wide* decays, int T, int H, int G, wide scale, int chunks)
+{
+#if TENSOR_CORES
+    forward<64>(q, k, v, log_g, first, o, final, states, decays, T, H, G, scale, chunks);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) gla_fast_forward_128(
+    const real* q, const real* k, const real* v, const wide* log_g, const wide* first, real* o, wide* final,
+    wide* states, wide* decays, int T, int H, int G, wide scale, int chunks)
+{
+#if TENSOR_CORES
+    forward<128>(q, k, v, log_g, first, o, final, states, decays, T, H, G, scale, chunks);
+#endif
+}
+
+// S (N,Z,D,D), what each piece adds, becomes the state before it; first (N,D,D) or null, last (N,D,D) the state
+// after all.  A thread an entry.
+extern "C" __global__ void gla_fast_join(const wide* first, wide* S, const wide* decays, wide* last, i64 N, int Z, int D)
+{
+    for (EACH(i, N * D * D)) {
+        const i64 state = i / (D * D), at = i % (D * D), d = at / D;
+        wide before = first ? first[i] : 0;
+        for (int z = 0; z < Z; z++) {
+            const i64 piece = state * Z + z;
+            const wide added = S[piece * D * D + at];
+            S[piece * D * D + at] = before;
+            before = decays[piece * D + d] * before + added;
+        }
+        last[i] = before;
+    }
+}
