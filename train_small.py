@@ -22,7 +22,7 @@ from minisb.plots import expert_load, loss_curve
 from minisb.train import TrainSettings, check_memory, describe_data, resume, start
 
 #: Flags by where their values go.  None means "not given": the preset or the stored run decides.
-CONFIG_FLAGS = ("steps", "batch_size", "seq_len", "lr", "spike", "spike_k")
+CONFIG_FLAGS = ("steps", "batch_size", "seq_len", "lr", "spike", "spike_k", "capacity")
 TRAIN_FLAGS = ("data", "seed", "accumulate", "spike_from", "eval_every", "checkpoint_every", "dtype")
 SAMPLE_TOKENS = 200
 SAMPLE_FROM = (0.6, None, 0.95)  # temperature, top-k, top-p: a small model is best kept to what it is sure of
@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--spike-k", type=float, metavar="K", help="threshold = mean|x| / K: larger K, finer spikes (default: 3)")
     add("--spike-from", type=float, metavar="FRACTION",
         help="share of the steps after which spikes are on (default: 0.8)")  # fmt: skip
+    add("--capacity", type=float, metavar="X",
+        help="in training an expert takes X times its fair share of tokens at most, 0: all that come (default: 0)")
     add("--accumulate", type=int, metavar="N", help="batches in one update, as if B were N times larger (default: 1)")
     add("--threads", type=int, metavar="N", help="cores to use (default: all that this process may use)")
     add("--graph", choices=("on", "off"), help="record a step once and replay it; for GPUs (default: on there)")

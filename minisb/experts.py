@@ -117,14 +117,14 @@ class MixtureOfExperts:
 
     def _capacity(self, ctx: Context, tokens: int) -> int | None:
         """The slots that an expert takes, in training; elsewhere nothing is ever dropped."""
-        if ctx.aux is None or ctx.sinks or not self.c.capacity:
+        if ctx.aux is None or not self.c.capacity:
             return None
         return max(1, math.ceil(self.c.capacity * tokens * self.c.top_k / self.c.experts))
 
     def _losses(self, ctx: Context, experts, p, lse, plan):
         """The router's two losses: the gradients dp (E,) and dlse (N,), zero where nobody trains on this."""
         be, c, xp = ctx.be, self.c, ctx.be.xp
-        if ctx.sinks or (ctx.aux is None and not ctx.tap):
+        if ctx.aux is None and not ctx.tap:  # the pass that reads the sinks has neither
             return xp.zeros(c.experts, p.dtype), xp.zeros_like(lse)
         counts = load(be, experts, c.experts)
         (balance, dp), (z, dlse) = balance_loss(be, p, counts), z_loss(be, lse)

@@ -11,7 +11,7 @@ from minisb.backend import Backend
 from minisb.config import preset
 from minisb.errors import MinisbError
 from minisb.meter import measure
-from minisb.plots import draw_spikes, loss_curve, main, raster
+from minisb.plots import draw_spikes, expert_load, loss_curve, main, raster
 
 
 def write_run(folder, records):
@@ -26,6 +26,19 @@ def test_a_loss_curve_is_a_picture(tmp_path):
     write_run(tmp_path, records)
     loss_curve(tmp_path, tmp_path / "loss.png", bigram=4.0)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_experts_has_a_picture_of_their_load(tmp_path):
+    records = [
+        {"step": s, "tokens": 100 * s, "loss": 5.0, "expert_load": {"1": [0.5, 0.5, 0, 0], "3": [1, 0, 0, 0]}}
+        for s in (1, 10, 20)
+    ]
+    write_run(tmp_path, records)
+    expert_load(tmp_path, tmp_path / "experts.png")
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    write_run(tmp_path, [{"step": 1, "tokens": 100, "loss": 5.0}])
+    with pytest.raises(MinisbError, match="no load of experts"):
+        expert_load(tmp_path, tmp_path / "experts.png")
 
 
 def test_a_run_without_a_step_has_no_curve(tmp_path):
