@@ -170,7 +170,7 @@ def test_every_token_sees_the_sinks_and_they_see_no_text(be):
     changed = np.abs(after - before).max(-1)
     assert (changed > 1e-4).all()  # tokens far past the window too, and in every sequence
     again, _ = model._read_sinks(False)
-    (state, (k, v)), (_, (k2, v2)) = memories[1], again[1]
+    (state, (k, v)), (_, (k2, _)) = memories[1], again[1]
     assert state.shape == (1, 2, 6, 6) and k.shape == v.shape == (3, 2, 6)
     assert (np.abs(k2 - k).max((1, 2)) > 1e-5).all()  # sinks see each other, before and after them
 
