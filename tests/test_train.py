@@ -157,9 +157,9 @@ def test_spikes_are_on_from_their_share_of_the_steps(tmp_path, monkeypatch):
     seen = []
     original = SpikingBrain.loss_and_backward
 
-    def spy(self, x, y, spike=False, scale=1.0):
+    def spy(self, x, y, spike=False, *rest):
         seen.append(spike)
-        return original(self, x, y, spike, scale)
+        return original(self, x, y, spike, *rest)
 
     monkeypatch.setattr(SpikingBrain, "loss_and_backward", spy)
     begin(tmp_path, settings=replace(SETTINGS, spike_from=0.75)).run()
