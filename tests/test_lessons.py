@@ -3,6 +3,7 @@
 import pytest
 
 from lessons._ci import exports, fences, mutants, notebooks, proofs, texts
+from lessons._lib import desk
 from lessons._lib.book import check_lesson, lesson
 from lessons._lib.checks import close, exact
 from lessons._lib.sandbox import StudentFile
@@ -80,3 +81,13 @@ def test_the_files_for_otter_and_nbgrader_grade():
 
 def test_a_course_refuses_pasted_code():
     assert exports.course() == []
+
+
+def test_a_fresh_stub_forgets_what_passed_and_keeps_the_students_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINISB_LESSONS", str(tmp_path))
+    path, _ = desk.start(lesson("10"))
+    path.write_text("mine = 1\n")
+    (tmp_path / "progress.json").write_text('{"04": {"gla_step": "2026-01-01"}, "10": {"threshold": "2026-01-01"}}')
+    path, kept = desk.reset(lesson("10"))
+    assert kept.read_text() == "mine = 1\n" and path.read_text() == lesson("10").exercise.read_text()
+    assert desk.passed() == {"04": {"gla_step": "2026-01-01"}}

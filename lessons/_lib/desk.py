@@ -47,6 +47,9 @@ def reset(lesson: Lesson) -> tuple[Path, Path | None]:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         kept = path.with_name(f"{lesson.number}-{stamp}.py")
         path.replace(kept)
+    progress = passed()
+    progress.pop(lesson.number, None)  # a fresh stub passes nothing, and hints go by what passes
+    _write(progress)
     return start(lesson)[0], kept
 
 
@@ -77,6 +80,10 @@ def note(lesson: Lesson, reports):
             mine.setdefault(report.name, datetime.date.today().isoformat())
         else:
             mine.pop(report.name, None)
+    _write(progress)
+
+
+def _write(progress: dict):
     path = folder() / "progress.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
