@@ -11,17 +11,11 @@ import numpy as np
 
 from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, log
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from minisb.cpu.common cimport exp_real, real, row_max, team
-
-cdef extern from "tile.h" nogil:
-    enum: TILE_ROWS, TILE_BYTES
-    void strip_float(int64_t n, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                     int64_t ldb, int64_t hop, float* c, int64_t ldc, int add)
-    void strip_double(int64_t n, int64_t depth, const double* a, int64_t row, int64_t step, const double* b,
-                      int64_t ldb, int64_t hop, double* c, int64_t ldc, int add)
+from minisb.cpu.common cimport aligned, exp_real, real, row_max, team
+from minisb.cpu.tile cimport TILE_BYTES, TILE_ROWS, six_rows
 
 cdef enum:
     ROWS = 48                 # of a block, about
@@ -96,7 +90,7 @@ cdef _forward(int threads, const real[:, :, :, ::1] q, const real[:, :, :, ::1] 
     cdef int64_t room = _up(keys * (z.D + z.wide) + z.rows * (2 * z.wide + keys + 1), LINE)
     cdef int used = team(threads, q.shape[0] * z.H * z.T * z.window * z.D // PER_VALUE)
     cdef real[::1] scratch = np.empty(used * room + LINE, np.asarray(lse).dtype)
-    cdef real* base = _aligned(&scratch[0])
+    cdef real* base = aligned(&scratch[0])
     for task in prange(heads * chunks, nogil=True, schedule="static", chunksize=1, num_threads=used):
         b = task // (z.G * chunks)
         g = task // chunks % z.G
@@ -169,7 +163,7 @@ cdef _backward(int threads, const real[:, :, :, ::1] do, const real[:, :, :, ::1
                             + z.rows * (3 * z.wide + 2 * (min(keys, KEYS) + z.columns) + 1), LINE)
     cdef int used = team(threads, q.shape[0] * z.H * z.T * z.window * z.D // PER_VALUE)
     cdef real[::1] scratch = np.empty(used * room + LINE, np.asarray(dq).dtype)
-    cdef real* base = _aligned(&scratch[0])
+    cdef real* base = aligned(&scratch[0])
     for task in prange(q.shape[0] * z.G, nogil=True, schedule="static", chunksize=1, num_threads=used):
         b = task // z.G
         g = task % z.G
@@ -280,8 +274,8 @@ cdef void _with_keys(Shape* z, Block* b, int64_t start, const real* x, const rea
     for strip in range(b.strips):
         i = strip * TILE_ROWS
         keys = _strip_sees(z, b, i, start, start + KEYS)
-        _strip(keys.last - keys.first, z.D, x + i * z.wide, z.wide, 1, kt + keys.first * z.D, z.columns,
-               z.columns * z.D, to + i * ld + keys.first - start, ld, 0)
+        six_rows(keys.last - keys.first, z.D, x + i * z.wide, z.wide, 1, kt + keys.first * z.D, z.columns,
+                 z.columns * z.D, to + i * ld + keys.first - start, ld, 0)
 
 
 cdef void _over_keys(Shape* z, Block* b, int64_t start, const real* s, int64_t ld, const real* v,
@@ -292,8 +286,8 @@ cdef void _over_keys(Shape* z, Block* b, int64_t start, const real* s, int64_t l
         i = strip * TILE_ROWS
         first = max(start, _row_sees(z, b, i).first)
         last = min(start + KEYS, _row_sees(z, b, min(i + TILE_ROWS, b.rows) - 1).last)
-        _strip(z.wide if first < last else 0, last - first, s + i * ld + first - start, ld, 1, v + first * z.wide,
-               z.wide, z.columns, to + i * z.wide, z.wide, 1)
+        six_rows(z.wide if first < last else 0, last - first, s + i * ld + first - start, ld, 1, v + first * z.wide,
+                 z.wide, z.columns, to + i * z.wide, z.wide, 1)
 
 
 cdef void _over_rows(Shape* z, Block* b, int64_t start, const real* s, int64_t ld, const real* x,
@@ -304,17 +298,8 @@ cdef void _over_rows(Shape* z, Block* b, int64_t start, const real* s, int64_t l
         j = start + strip * TILE_ROWS
         first = max(0, j - b.at) * z.R
         last = min(b.rows, (j + TILE_ROWS - 1 + z.window - b.at) * z.R)
-        _strip(z.wide if first < last else 0, last - first, s + first * ld + j - start, 1, ld, x + first * z.wide,
-               z.wide, z.columns, to + j * z.wide, z.wide, 1)
-
-
-cdef inline void _strip(int64_t n, int64_t depth, const real* a, int64_t row, int64_t step, const real* b,
-                        int64_t ldb, int64_t hop, real* c, int64_t ldc, int add) noexcept nogil:
-    """Six rows of c (+)= a b, see tile.h."""
-    if real is float:
-        strip_float(n, depth, a, row, step, b, ldb, hop, c, ldc, add)
-    else:
-        strip_double(n, depth, a, row, step, b, ldb, hop, c, ldc, add)
+        six_rows(z.wide if first < last else 0, last - first, s + first * ld + j - start, 1, ld, x + first * z.wide,
+                 z.wide, z.columns, to + j * z.wide, z.wide, 1)
 
 
 cdef void _pack_rows(Shape* z, const real* x, int64_t heads, int64_t R, int64_t n, int64_t padded, real scale,
@@ -363,11 +348,6 @@ cdef inline int64_t _down(int64_t x, int64_t unit) noexcept nogil:
 
 cdef inline int64_t _up(int64_t x, int64_t unit) noexcept nogil:
     return (x + unit - 1) & -unit
-
-
-cdef inline real* _aligned(real* x) noexcept nogil:
-    """The first value from x on that starts a cache line."""
-    return <real*>(<uintptr_t>x + (LINE - <uintptr_t>x % LINE) % LINE)
 
 
 # --------------------------------------------------------------------------------------- step

@@ -55,6 +55,11 @@ cdef inline real row_max(const real* x, int64_t n) noexcept nogil:
         return row_max_double(x, n)
 
 
+cdef inline real* aligned(real* x) noexcept nogil:
+    """The first value from x on that starts a cache line."""
+    return <real*>((<size_t>x + 63) // 64 * 64)
+
+
 cdef inline int team(int threads, int64_t values) noexcept nogil:
     """How many threads to wake for so many values: waking one costs more than a few thousand."""
     return threads if values > 16384 else 1

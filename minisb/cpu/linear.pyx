@@ -15,21 +15,12 @@ from libc.stdint cimport int64_t
 
 from minisb import blas
 from minisb.cpu.common cimport gemm_init, gemm_real, real
+from minisb.cpu.strips cimport (
+    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TILE_ROWS, dots, multiply_strips, pack_panels,
+)
 
 cdef object _addresses = blas.gemm_addresses()
 gemm_init(_addresses[0], _addresses[1], _addresses[2])
-
-cdef extern from "linear.h" nogil:
-    enum: TILE_ROWS, TILE_BYTES, BLOCK_K, BLOCK_STRIPS, STRIPS_PAY
-    void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
-                         int64_t last)
-    void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,
-                          int64_t last)
-    void gemm_strips_float(int ta, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed,
-                           int accumulate, float* c, int64_t ldc, int64_t first, int64_t last, float* own)
-    void gemm_strips_double(int ta, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
-                            const double* packed, int accumulate, double* c, int64_t ldc, int64_t first, int64_t last,
-                            double* own)
 
 cdef int64_t SLICE = 256   # rows of a slice, about
 cdef int64_t MOST = 16     # slices at most: each one packs the other matrix again
@@ -87,17 +78,10 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
     cdef int64_t share = BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16
     cdef real[::1] own = _room("own", used * share, dtype)
     for i in prange(used, nogil=True, schedule="static", num_threads=used):
-        if real is float:
-            gemm_pack_float(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
-        else:
-            gemm_pack_double(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
+        pack_panels(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
     for i in prange(used, nogil=True, schedule="static", num_threads=used):
-        if real is float:
-            gemm_strips_float(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
-                              strips * i // used, strips * (i + 1) // used, &own[i * share])
-        else:
-            gemm_strips_double(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
-                               strips * i // used, strips * (i + 1) // used, &own[i * share])
+        multiply_strips(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
+                        strips * i // used, strips * (i + 1) // used, &own[i * share])
 
 
 cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, bint tb, bint accumulate,
@@ -119,39 +103,13 @@ cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, 
         start = length * i // slices
         size = length * (i + 1) // slices - start
         if by_dots:
-            _dots(size, k, pa, pb + start * ldb, ldb, beta, pc + start)
+            dots(size, k, pa, pb + start * ldb, ldb, beta, pc + start)
         elif by_rows:
             gemm_real(ta, tb, size, n, k, <real>1, pa + (start if ta else start * lda), lda, pb, ldb,
                       beta, pc + start * ldc, ldc)
         else:
             gemm_real(ta, tb, m, size, k, <real>1, pa, lda, pb + (start * ldb if tb else start), ldb,
                       beta, pc + start, ldc)
-
-
-cdef void _dots(int64_t n, int64_t k, const real* x, const real* w, int64_t ldw, real beta, real* y) noexcept nogil:
-    """y = w x + beta y: one row times a matrix, as in decoding.  Four rows of w at a time."""
-    cdef int64_t j = 0, p
-    cdef real a, b, c, d
-    while j + 4 <= n:
-        a = b = c = d = 0
-        for p in range(k):
-            a += x[p] * w[p]
-            b += x[p] * w[ldw + p]
-            c += x[p] * w[2 * ldw + p]
-            d += x[p] * w[3 * ldw + p]
-        y[j] = a + (beta * y[j] if beta else 0)
-        y[j + 1] = b + (beta * y[j + 1] if beta else 0)
-        y[j + 2] = c + (beta * y[j + 2] if beta else 0)
-        y[j + 3] = d + (beta * y[j + 3] if beta else 0)
-        w += 4 * ldw
-        j += 4
-    while j < n:
-        a = 0
-        for p in range(k):
-            a += x[p] * w[p]
-        y[j] = a + (beta * y[j] if beta else 0)
-        w += ldw
-        j += 1
 
 
 TWINS = {}

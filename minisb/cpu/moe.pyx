@@ -14,23 +14,14 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from minisb import blas
-from minisb.cpu.common cimport exp_real, gemm_init, gemm_real, real, row_max, team
+from minisb.cpu.common cimport aligned, exp_real, gemm_init, gemm_real, real, row_max, team
+from minisb.cpu.strips cimport (
+    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TILE_ROWS, dots, multiply_strips, pack_panels,
+)
 from minisb.ops.moe import Plan
 
 cdef object _addresses = blas.gemm_addresses()
 gemm_init(_addresses[0], _addresses[1], _addresses[2])
-
-cdef extern from "linear.h" nogil:
-    enum: TILE_ROWS, TILE_BYTES, BLOCK_K, BLOCK_STRIPS, STRIPS_PAY
-    void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
-                         int64_t last)
-    void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,
-                          int64_t last)
-    void gemm_strips_float(int ta, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed,
-                           int accumulate, float* c, int64_t ldc, int64_t first, int64_t last, float* own)
-    void gemm_strips_double(int ta, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
-                            const double* packed, int accumulate, double* c, int64_t ldc, int64_t first, int64_t last,
-                            double* own)
 
 cdef int64_t PACKED = 192 * 1024   # bytes of a matrix that a task packs, about
 
@@ -287,7 +278,7 @@ cdef _grouped(int threads, const real[:, :] x, const real[:, :, ::1] w, const in
         rows = offsets[e + 1] - offsets[e]
         if rows:
             _product(&z, rows, min(columns, O - start), I, &x[offsets[e], 0], &w[e, start, 0],
-                     &y[offsets[e], start], _aligned(&scratch[0]) + threadid() * room)
+                     &y[offsets[e], start], aligned(&scratch[0]) + threadid() * room)
 
 
 cdef _grouped_backward(int threads, const real[:, :] dy, const real[:, :] x, const real[:, :, ::1] w,
@@ -312,14 +303,14 @@ cdef _grouped_backward(int threads, const real[:, :] dy, const real[:, :] x, con
             rows = offsets[e + 1] - offsets[e]
             if rows:
                 _product(&z, rows, min(columns, I - start), O, &dy[offsets[e], 0], &w[e, 0, start],
-                         &dx[offsets[e], start], _aligned(&scratch[0]) + threadid() * room)
+                         &dx[offsets[e], start], aligned(&scratch[0]) + threadid() * room)
         else:
             e = (task - E * blocks) // blocks_w
             start = (task - E * blocks) % blocks_w * columns_w
             rows = offsets[e + 1] - offsets[e]
             if rows:
                 _product(&z_w, O, min(columns_w, I - start), rows, &dy[offsets[e], 0], &x[offsets[e], start],
-                         &dw[e, 0, start], _aligned(&scratch[0]) + threadid() * room)
+                         &dw[e, 0, start], aligned(&scratch[0]) + threadid() * room)
 
 
 cdef void _product(Product* z, int64_t m, int64_t n, int64_t k, const real* a, const real* b, real* c,
@@ -328,36 +319,12 @@ cdef void _product(Product* z, int64_t m, int64_t n, int64_t k, const real* a, c
     cdef int64_t tile = TILE_BYTES // sizeof(real)
     cdef real* packed = scratch + _own(sizeof(real))
     if m == 1 and z.tb and not z.ta and not z.add:
-        _dots(n, k, a, b, z.ldb, c)
+        dots(n, k, a, b, z.ldb, <real>0, c)
     elif not STRIPS_PAY or m < 4 * TILE_ROWS:
         gemm_real(z.ta, z.tb, m, n, k, <real>1, a, z.lda, b, z.ldb, <real>(1 if z.add else 0), c, z.ldc)
-    elif real is float:
-        gemm_pack_float(z.tb, k, n, b, z.ldb, packed, 0, (n + tile - 1) // tile)
-        gemm_strips_float(z.ta, m, n, k, a, z.lda, packed, z.add, c, z.ldc, 0, (m + TILE_ROWS - 1) // TILE_ROWS,
-                          scratch)
     else:
-        gemm_pack_double(z.tb, k, n, b, z.ldb, packed, 0, (n + tile - 1) // tile)
-        gemm_strips_double(z.ta, m, n, k, a, z.lda, packed, z.add, c, z.ldc, 0, (m + TILE_ROWS - 1) // TILE_ROWS,
-                           scratch)
-
-
-cdef void _dots(int64_t n, int64_t k, const real* x, const real* w, int64_t ldw, real* y) noexcept nogil:
-    """y = w x: the one row of a token that is decoded.  Four rows of w at a time."""
-    cdef int64_t j, p
-    cdef real a, b, c, d
-    for j in range(0, n - 3, 4):
-        a = b = c = d = 0
-        for p in range(k):
-            a += x[p] * w[j * ldw + p]
-            b += x[p] * w[(j + 1) * ldw + p]
-            c += x[p] * w[(j + 2) * ldw + p]
-            d += x[p] * w[(j + 3) * ldw + p]
-        y[j], y[j + 1], y[j + 2], y[j + 3] = a, b, c, d
-    for j in range(n & -4, n):
-        a = 0
-        for p in range(k):
-            a += x[p] * w[j * ldw + p]
-        y[j] = a
+        pack_panels(z.tb, k, n, b, z.ldb, packed, 0, (n + tile - 1) // tile)
+        multiply_strips(z.ta, m, n, k, a, z.lda, packed, z.add, c, z.ldc, 0, (m + TILE_ROWS - 1) // TILE_ROWS, scratch)
 
 
 cdef int64_t _columns(int64_t depth, int64_t most, int64_t size) noexcept:
@@ -374,11 +341,6 @@ cdef inline int64_t _own(int64_t size) noexcept nogil:
 
 cdef int64_t _room(int64_t depth, int64_t columns, int64_t size) noexcept:
     return (_own(size) + depth * columns) + TILE_BYTES - (_own(size) + depth * columns) % TILE_BYTES
-
-
-cdef inline real* _aligned(real* x) noexcept nogil:
-    """The first value from x on that starts a cache line."""
-    return <real*>((<size_t>x + TILE_BYTES - 1) // TILE_BYTES * TILE_BYTES)
 
 
 cdef _rows(x):

@@ -13,13 +13,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from minisb.cpu.common cimport exp_real, real, row_max, team
-
-cdef extern from "tile.h" nogil:
-    enum: TILE_ROWS, TILE_BYTES
-    void strip_float(int64_t n, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                     int64_t ldb, int64_t hop, float* c, int64_t ldc, int add)
-    void strip_double(int64_t n, int64_t depth, const double* a, int64_t row, int64_t step, const double* b,
-                      int64_t ldb, int64_t hop, double* c, int64_t ldc, int add)
+from minisb.cpu.tile cimport TILE_BYTES, TILE_ROWS, six_rows
 
 cdef enum:
     SLICES = 8          # partial sums of the sinks' gradients
@@ -101,7 +95,7 @@ cdef void _forward_task(Shape* z, int64_t first, int64_t tokens, int64_t g, cons
     _pack_queries(z, q, first, tokens, g, padded, scale, qb)
     for n in range(padded // TILE_ROWS):
         i = n * TILE_ROWS
-        _strip(z.keys, z.D, qb + i * z.wide, z.wide, 1, kt, z.columns, z.columns * z.D, s + i * z.keys, z.keys)
+        six_rows(z.keys, z.D, qb + i * z.wide, z.wide, 1, kt, z.columns, z.columns * z.D, s + i * z.keys, z.keys, 0)
     for i in range(rows):
         at = ((first + i // z.R) * z.H + g * z.R + i % z.R)
         row = s + i * z.keys
@@ -124,7 +118,7 @@ cdef void _forward_task(Shape* z, int64_t first, int64_t tokens, int64_t g, cons
     memset(s + rows * z.keys, 0, (padded - rows) * z.keys * sizeof(real))
     for n in range(padded // TILE_ROWS):
         i = n * TILE_ROWS
-        _strip(z.wide, z.S, s + i * z.keys, z.keys, 1, vb, z.wide, z.columns, ob + i * z.wide, z.wide)
+        six_rows(z.wide, z.S, s + i * z.keys, z.keys, 1, vb, z.wide, z.columns, ob + i * z.wide, z.wide, 0)
     for i in range(rows):
         at = ((first + i // z.R) * z.H + g * z.R + i % z.R) * z.D
         for d in range(z.D):
@@ -176,8 +170,8 @@ cdef void _backward_slice(Shape* z, int64_t first, int64_t last, int64_t tokens,
         _pack_queries(z, do, start, rows // z.R, g, padded, 1, dob)
         for n in range(padded // TILE_ROWS):
             i = n * TILE_ROWS
-            _strip(z.keys, z.D, qb + i * z.wide, z.wide, 1, kt, z.columns, z.columns * z.D, p + i * ld, ld)
-            _strip(z.keys, z.D, dob + i * z.wide, z.wide, 1, vt, z.columns, z.columns * z.D, ds + i * ld, ld)
+            six_rows(z.keys, z.D, qb + i * z.wide, z.wide, 1, kt, z.columns, z.columns * z.D, p + i * ld, ld, 0)
+            six_rows(z.keys, z.D, dob + i * z.wide, z.wide, 1, vt, z.columns, z.columns * z.D, ds + i * ld, ld, 0)
         for i in range(rows):
             at = (start + i // z.R) * z.H + g * z.R + i % z.R
             delta = 0
@@ -188,15 +182,15 @@ cdef void _backward_slice(Shape* z, int64_t first, int64_t last, int64_t tokens,
         memset(ds + rows * ld, 0, (padded - rows) * ld * sizeof(real))
         for n in range(padded // TILE_ROWS):
             i = n * TILE_ROWS
-            _strip(z.wide, z.S, ds + i * ld, ld, 1, kb, z.wide, z.columns, dqb + i * z.wide, z.wide)
+            six_rows(z.wide, z.S, ds + i * ld, ld, 1, kb, z.wide, z.columns, dqb + i * z.wide, z.wide, 0)
         for i in range(rows):
             at = ((start + i // z.R) * z.H + g * z.R + i % z.R) * z.D
             for d in range(z.D):
                 dq[at + d] += scale * dqb[i * z.wide + d]
         for n in range(sinks // TILE_ROWS):  # the six sinks from j on: a sum over rows, which stand ld apart
             j = n * TILE_ROWS
-            _strip_add(z.wide, rows, ds + j, 1, ld, qb, z.wide, z.columns, dkb + j * z.wide, z.wide)
-            _strip_add(z.wide, rows, p + j, 1, ld, dob, z.wide, z.columns, dvb + j * z.wide, z.wide)
+            six_rows(z.wide, rows, ds + j, 1, ld, qb, z.wide, z.columns, dkb + j * z.wide, z.wide, 1)
+            six_rows(z.wide, rows, p + j, 1, ld, dob, z.wide, z.columns, dvb + j * z.wide, z.wide, 1)
     for j in range(z.S):
         for d in range(z.D):
             dk[j * z.G * z.D + d] = dkb[j * z.wide + d]
@@ -214,22 +208,6 @@ cdef inline void _softmax_backward(real* p, real* ds, real lse, real delta, int6
 
 
 # --------------------------------------------------------------------------- packing, products
-
-cdef inline void _strip(int64_t n, int64_t depth, const real* a, int64_t row, int64_t step, const real* b,
-                        int64_t ldb, int64_t hop, real* c, int64_t ldc) noexcept nogil:
-    if real is float:
-        strip_float(n, depth, a, row, step, b, ldb, hop, c, ldc, 0)
-    else:
-        strip_double(n, depth, a, row, step, b, ldb, hop, c, ldc, 0)
-
-
-cdef inline void _strip_add(int64_t n, int64_t depth, const real* a, int64_t row, int64_t step, const real* b,
-                            int64_t ldb, int64_t hop, real* c, int64_t ldc) noexcept nogil:
-    if real is float:
-        strip_float(n, depth, a, row, step, b, ldb, hop, c, ldc, 1)
-    else:
-        strip_double(n, depth, a, row, step, b, ldb, hop, c, ldc, 1)
-
 
 cdef void _pack_queries(Shape* z, const real* x, int64_t first, int64_t tokens, int64_t g, int64_t padded,
                         real scale, real* to) noexcept nogil:
@@ -253,10 +231,11 @@ cdef void _pack_rows(const real* x, int64_t ld, int64_t n, int64_t D, int64_t wi
 
 cdef void _pack_columns(Shape* z, const real* x, real* to) noexcept nogil:
     """S keys -> tiles (D, columns), filled up with zeros."""
-    cdef int64_t j, d
+    cdef int64_t j, d, at
     for j in range(z.keys):
         for d in range(z.D):
-            to[j // z.columns * z.columns * z.D + d * z.columns + j % z.columns] = x[j * z.G * z.D + d] if j < z.S else 0
+            at = j // z.columns * z.columns * z.D + d * z.columns + j % z.columns
+            to[at] = x[j * z.G * z.D + d] if j < z.S else 0
 
 
 cdef Shape _shape(const real[:, :, ::1] q, const real[:, :, ::1] k) noexcept:
