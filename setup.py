@@ -87,7 +87,7 @@ def extensions():
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNatives},
-    packages=["minisb", "minisb.ops", "minisb.cpu", "minisb.cuda"],
+    packages=["minisb", "minisb.ops", "minisb.cpu", "minisb.launchers", "minisb.cuda"],
     package_dir={"minisb.cuda": "cuda"},
     package_data={
         "minisb": ["assets/*"],

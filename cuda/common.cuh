@@ -29,16 +29,25 @@ struct bf16 {
 };
 
 #ifdef REAL_float16
+#ifndef EMULATED
+__device__ inline unsigned short narrowed(float x)
+{
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+__device__ inline float widened(unsigned short bits)
+{
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+#endif
 struct fp16 {
     unsigned short bits;
     fp16() = default;
-    __device__ fp16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
-    __device__ operator float() const
-    {
-        float x;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-        return x;
-    }
+    __device__ fp16(float x) { bits = narrowed(x); }
+    __device__ operator float() const { return widened(bits); }
 };
 typedef fp16 real;
 typedef float wide;

@@ -1,6 +1,6 @@
 """The GPU: which one there is or why none, checked launches of our kernels, and what memory is in use.
 
-kernels.py turns source into machine code, this file machine code into launches, launchers.py an operation into
+kernels.py turns source into machine code, this file machine code into launches, launchers/ an operation into
 its launches; cublas.py is the matrix product.
 """
 

@@ -25,7 +25,7 @@ from minisb.errors import MinisbError
 ELEMENTS = ("float32", "float64", "bfloat16", "float16")
 #: What CI compiles for: from the T4 of a free notebook (75) to Hopper, whose own instructions need the `a`.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
-COMMON = "common.cuh"
+COMMON, TENSOR_CORES = "common.cuh", "tensor_cores.cuh"
 OPTIONS = ("--std=c++17", "-lineinfo")
 KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\s*\(([^)]*)\)'
 JOBS = 8  # files compiled at once, at most
@@ -56,12 +56,14 @@ def files() -> dict[str, Path]:
 
 @functools.cache
 def assembled(stem: str) -> str:
-    """common.cuh and the file as one text.  #line makes the compiler's errors name the reader's files.
+    """common.cuh, for NAME_fast.cu also tensor_cores.cuh, and the file as one text.  #line makes the compiler's
+    errors name the reader's files.
 
     Prepended and not included, because a cache must see every change of it.
     """
     path = files()[stem]
-    parts = (path.with_name(COMMON), path)
+    shared = (COMMON, TENSOR_CORES) if stem.endswith("_fast") else (COMMON,)
+    parts = (*(path.with_name(name) for name in shared), path)
     return "".join(f'#line 1 "cuda/{part.name}"\n{part.read_text("utf-8")}\n' for part in parts)
 
 

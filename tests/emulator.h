@@ -4,6 +4,7 @@
 // next one runs.  Blocks follow one another.  Half of the launches run the threads backwards, so that a
 // missing barrier changes results.  Speed, memory order between warps and alignment are not emulated.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <cstdio>
@@ -18,6 +19,10 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define SHARED_MEMORY(name) char* name = emulator::shared
 
 using std::exp;
 using std::fabs;
@@ -44,6 +49,16 @@ inline float __uint_as_float(unsigned u)
     return x;
 }
 inline float __int_as_float(int u) { return __uint_as_float((unsigned)u); }
+inline float __expf(float x) { return std::exp(x); }
+inline float exp2f(float x) { return std::exp2(x); }
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 namespace emulator {
@@ -61,6 +76,7 @@ struct Group {
     int members = 0, arrived = 0, round = 0, vote = 0, result = 0;
     double slots[32], answers[32];  // what lanes offer; eight bytes hold any number that travels
     unsigned ballot = 0, ballots = 0;
+    char shown[2][32][32];  // what lanes show each other at tensor cores; two, as some may be a round ahead
     void open()
     {
         arrived = 0;
@@ -86,6 +102,7 @@ static int current;
 static void (*body)(void**);
 static void** arguments;
 static bool backwards;
+alignas(128) static char shared[1 << 18];  // dynamic shared memory
 
 inline int number() { return current; }
 inline Group& warp() { return warps[current / 32]; }
@@ -167,6 +184,7 @@ inline void launch(void (*kernel)(void**), void** args, dim3 grid, dim3 threads)
 {
     body = kernel;
     arguments = args;
+    std::memset(shared, 0xff, sizeof shared);  // NaN in every format
     gridDim = grid;
     blockDim = threads;
     backwards = !backwards;
@@ -176,6 +194,22 @@ inline void launch(void (*kernel)(void**), void** args, dim3 grid, dim3 threads)
                 blockIdx = {x, y, z};
                 run_block();
             }
+}
+
+// Each lane of a warp shows `mine`; -> what all lanes showed, until this warp's next exchange but one.
+template <typename thing>
+auto exchange(const thing& mine)
+{
+    static_assert(sizeof(thing) <= 32);
+    Group& group = warp();
+    char(*shown)[32] = group.shown[group.round % 2];
+    std::memcpy(shown[number() % 32], &mine, sizeof mine);
+    wait(group);
+    return [shown](int lane) {
+        thing x;
+        std::memcpy(&x, shown[lane], sizeof x);
+        return x;
+    };
 }
 
 }  // namespace emulator
@@ -208,3 +242,84 @@ inline unsigned __ballot_sync(unsigned, bool x)
     emulator::wait(warp);
     return warp.ballots;
 }
+
+inline void __syncwarp(unsigned = FULL_WARP) { emulator::wait(emulator::warp()); }
+
+template <typename number>
+number __shfl_sync(unsigned, number x, int lane)
+{
+    return emulator::exchange(x)(lane % 32);
+}
+
+// --- tensor cores: the same names and the same places of numbers as in cuda/tensor_cores.cuh ------------
+
+#if defined(REAL_float16) || defined(REAL_bfloat16)
+#ifdef REAL_float16
+inline float widened(unsigned short bits)
+{
+    _Float16 x;
+    std::memcpy(&x, &bits, 2);
+    return x;
+}
+inline unsigned short narrowed(float wide)
+{
+    const _Float16 x = wide;
+    unsigned short bits;
+    std::memcpy(&bits, &x, 2);
+    return bits;
+}
+#else
+inline float widened(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+inline unsigned short narrowed(float x)
+{
+    const unsigned u = __float_as_uint(x);
+    return x != x ? 0x7fff : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+#endif
+
+inline unsigned pack(float low, float high) { return narrowed(low) | (unsigned)narrowed(high) << 16; }
+inline float2 unpack(unsigned both) { return {widened(both & 0xffff), widened(both >> 16)}; }
+
+inline void load_tiles(unsigned (&to)[4], const void* row)
+{
+    auto rows = emulator::exchange((const unsigned*)row);
+    const int lane = emulator::number() % 32;
+    for (int i = 0; i < 4; i++) to[i] = rows(8 * i + lane / 4)[lane % 4];
+}
+
+inline void load_tiles_transposed(unsigned (&to)[4], const void* row)
+{
+    auto rows = emulator::exchange((const unsigned short*)row);
+    const int lane = emulator::number() % 32;
+    for (int i = 0; i < 4; i++) {
+        const unsigned short *low = rows(8 * i + lane % 4 * 2), *high = rows(8 * i + lane % 4 * 2 + 1);
+        to[i] = low[lane / 4] | (unsigned)high[lane / 4] << 16;
+    }
+}
+
+inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    struct Operands {
+        unsigned a[4], b[2];
+    };
+    auto operands = emulator::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    const int lane = emulator::number() % 32;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k += 2) {  // row lane / 4 (+ 8), column lane % 4 * 2 (+ 1) of the result
+            const float2 x = unpack(operands(lane / 4 * 4 + k % 8 / 2).a[i / 2 + k / 8 * 2]);
+            const float2 y = unpack(operands((lane % 4 * 2 + i % 2) * 4 + k % 8 / 2).b[k / 8]);
+            c[i] += x.x * y.x + x.y * y.y;
+        }
+}
+
+// Arrives at once: what reads too early is not found out here.
+inline void copy_async(void* to, const void* from, bool there)
+{
+    there ? (void)std::memcpy(to, from, 16) : (void)std::memset(to, 0, 16);
+}
+inline void copies_issued() {}
+template <int last = 0>
+void copies_arrived()
+{
+}
+#endif

@@ -30,6 +30,7 @@ class Emulated(Launcher):
     """A gpu.Gpu in which arrays are NumPy's and every thread is a fiber."""
 
     xp = np
+    target, shared_bytes = "sm_90a", 227 << 10
 
     def load(self, stem: str, element: str) -> dict:
         library = ctypes.CDLL(str(_compiled(stem, element)))
@@ -69,7 +70,7 @@ def here(x):
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
-def _run(function, blocks, threads, args):
+def _run(function, blocks, threads, args, shared_mem=0):
     boxed = [arg if isinstance(arg, ctypes.c_void_p) else np.ctypeslib.as_ctypes(np.array(arg)) for arg in args]
     addresses = (ctypes.c_void_p * len(boxed))(*(ctypes.addressof(box) for box in boxed))
     function(addresses, *blocks, *threads)

@@ -1,0 +1,216 @@
+"""Twins of what works on single tokens: norm, linear, spikes, embedding, SwiGLU, gate, heads, rope, loss, AdamW."""
+
+from __future__ import annotations
+
+from minisb.gpu import THREADS, Rows
+from minisb.launchers.grid import SLICES, contiguous, each, flat, int32, sliced_sum, warp_a_row, wide_type
+from minisb.ops.cross_entropy import IGNORE
+from minisb.ops.spike import VTH_MAX, VTH_MIN
+
+# --- norm
+
+
+def rmsnorm_forward(be, x, w, eps):
+    x, w = contiguous(be, x, w)
+    rows, C = flat(x).shape
+    y, rstd = be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
+    be.launch("rmsnorm_forward", x, *warp_a_row(rows), x, w, y, rstd, rows, C, eps)
+    return y, (x, w, rstd)
+
+
+def rmsnorm_backward(be, dy, saved, dw):
+    return add_rmsnorm_backward(be, None, dy, saved, dw)
+
+
+def add_rmsnorm_forward(be, x, delta, w, eps):
+    x, delta, w = contiguous(be, x, delta, w)
+    rows, C = flat(x).shape
+    z, y, rstd = be.xp.empty_like(x), be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
+    be.launch("add_rmsnorm_forward", x, *warp_a_row(rows), x, delta, w, z, y, rstd, rows, C, eps)
+    return z, y, (z, w, rstd)
+
+
+def add_rmsnorm_backward(be, dz, dy, saved, dw):
+    x, w, rstd = saved
+    dz, dy, x, rstd = contiguous(be, dz, dy, x, rstd)
+    rows, C = flat(x).shape
+    dx = be.xp.empty_like(x)
+    be.launch("rmsnorm_backward", x, *warp_a_row(rows), dz, dy, x, w, rstd, dx, rows, C)
+    sliced_sum(be, "rmsnorm_backward_w", x, lambda partial: (dy, x, rstd, partial, rows, C), rows, C, dw)
+    return dx
+
+
+# --- linear
+
+
+def linear_forward(be, x, w, b=None, out=None):
+    y = be.xp.empty((*x.shape[:-1], w.shape[0]), x.dtype) if out is None else out
+    be.gemm(flat(x), w, out=flat(y), tb=True)
+    if b is not None:
+        columns = Rows(flat(y)[:, : b.size])
+        rows = columns.matrix.shape[0]
+        each(be, "add_bias", y, rows * b.size, columns, b, rows, b.size, columns.stride)
+    return y
+
+
+def linear_backward(be, dy, x, w, dw, db=None, dx=None):
+    accumulate = dx is not None
+    if dx is None:
+        dx = be.xp.empty((*dy.shape[:-1], w.shape[1]), dy.dtype)
+    be.gemm(flat(dy), w, out=flat(dx), accumulate=accumulate)
+    be.gemm(flat(dy), flat(x), out=dw, ta=True, accumulate=True)
+    if db is not None:
+        columns = Rows(flat(dy)[:, : db.size])
+        rows, J = columns.matrix.shape
+        sliced_sum(be, "column_sums", dy, lambda partial: (columns, partial, rows, J, columns.stride), rows, J, db)
+    return dx
+
+
+# --- one element or one row at a time
+
+
+def spike_forward(be, x, k):
+    (x,) = contiguous(be, x)
+    rows, C = flat(x).shape
+    x_hat, vth = be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
+    be.launch("spike_forward", x, *warp_a_row(rows), x, x_hat, vth, rows, C, k, VTH_MIN, VTH_MAX)
+    return x_hat, vth
+
+
+def embedding_forward(be, tokens, table):
+    tokens = int32(be, tokens)
+    (V, C), N = table.shape, tokens.size
+    x = be.xp.empty((*tokens.shape, C), table.dtype)
+    each(be, "embedding_forward", table, N * C, tokens, table, x, N, V, C)
+    return x
+
+
+def embedding_backward(be, dx, tokens, dtable):
+    (dx,) = contiguous(be, dx)
+    tokens = int32(be, tokens)
+    be.launch("embedding_backward", dx, tokens.size, THREADS, dx, tokens, dtable, tokens.size, *dtable.shape)
+
+
+def swiglu_forward(be, gate_up):
+    (gate_up,) = contiguous(be, gate_up)
+    N, F = flat(gate_up).shape[0], gate_up.shape[-1] // 2
+    h = be.xp.empty((*gate_up.shape[:-1], F), gate_up.dtype)
+    each(be, "swiglu_forward", gate_up, N * F, gate_up, h, N, F)
+    return h, gate_up
+
+
+def swiglu_backward(be, dh, saved):
+    dh, saved = contiguous(be, dh, saved)
+    N, F = flat(dh).shape
+    dgate_up = be.xp.empty_like(saved)
+    each(be, "swiglu_backward", dh, N * F, dh, saved, dgate_up, N, F)
+    return dgate_up
+
+
+def log_gate_forward(be, z, divisor):
+    (z,) = contiguous(be, z)
+    log_g = be.xp.empty(z.shape, wide_type(z))
+    each(be, "log_gate_forward", z, z.size, z, log_g, z.size, divisor)
+    return log_g, (z, divisor)
+
+
+def log_gate_backward(be, dlog_g, saved):
+    z, divisor = saved
+    dlog_g, z = contiguous(be, dlog_g, z)
+    dz = be.xp.empty_like(z)
+    each(be, "log_gate_backward", z, z.size, dlog_g, z, dz, z.size, divisor)
+    return dz
+
+
+def _split(be, qkv, heads, kv_heads, head_dim):
+    """Empty q (B,T,H,D), k and v (B,T,G,D) for a fused projection (B,T,N)."""
+    return [be.xp.empty((*qkv.shape[:2], n, head_dim), qkv.dtype) for n in (heads, kv_heads, kv_heads)]
+
+
+def relu_heads_forward(be, qkv, heads, kv_heads, head_dim):
+    (qkv,) = contiguous(be, qkv)
+    q, k, v = _split(be, qkv, heads, kv_heads, head_dim)
+    rows, N = flat(qkv).shape
+    sizes = rows, N, heads * head_dim, kv_heads * head_dim
+    each(be, "relu_heads_forward", qkv, q.size + 2 * k.size, qkv, q, k, v, *sizes)
+    return q, k, v, (q, k)
+
+
+def relu_heads_backward(be, dq, dk, dv, saved, dqkv):
+    dq, dk, dv, q, k = contiguous(be, dq, dk, dv, *saved)
+    rows, N = flat(dqkv).shape
+    sizes = rows, N, dq.shape[2] * dq.shape[3], dk.shape[2] * dk.shape[3]
+    each(be, "relu_heads_backward", dq, dq.size + 2 * dk.size, dq, dk, dv, q, k, dqkv, *sizes)
+    return dqkv
+
+
+def rope_forward(be, qkv, cos, sin, heads, kv_heads, head_dim):
+    (qkv,) = contiguous(be, qkv)
+    B, T, N = qkv.shape
+    q, k, v = _split(be, qkv, heads, kv_heads, head_dim)
+    pairs = (q.size + 2 * k.size) // 2
+    each(be, "rope_forward", qkv, pairs, qkv, cos, sin, q, k, v, B * T, T, N, heads, kv_heads, head_dim)
+    return q, k, v
+
+
+def rope_backward(be, dq, dk, dv, cos, sin, dqkv):
+    dq, dk, dv = contiguous(be, dq, dk, dv)
+    B, T, H, D = dq.shape
+    pairs = (dq.size + 2 * dk.size) // 2
+    sizes = B * T, T, dqkv.shape[2], H, dk.shape[2], D
+    each(be, "rope_backward", dq, pairs, dq, dk, dv, cos, sin, dqkv, *sizes)
+    return dqkv
+
+
+def cross_entropy(be, logits, targets, dloss=None):
+    """A target outside the vocabulary gives a loss of NaN: from a GPU nobody can raise IndexError."""
+    rows = Rows(logits)
+    N, V = logits.shape
+    losses, factors, step = be.xp.empty(N, wide_type(logits)), None, 0
+    if dloss is not None:
+        factors = _on_device(be, dloss, wide_type(logits)).reshape(-1)
+        step = int(factors.size > 1)
+    sizes = V, rows.stride, IGNORE
+    writes = dloss is not None
+    be.launch("cross_entropy", logits, N, THREADS, rows, int32(be, targets), losses, factors, step, writes, *sizes)
+    return losses
+
+
+def _on_device(be, number, dtype):
+    """A Python number (sent as part of a launch, not as a copy) or an array, as an array of `dtype`."""
+    if isinstance(number, (int, float)):
+        return be.xp.full((), number, dtype)
+    return be.xp.ascontiguousarray(number, dtype=dtype)
+
+
+# --- AdamW
+
+
+def grad_norm(be, g):
+    """The norm stays on the device, an array of no axes: reading it would stop the queue."""
+    (g,) = contiguous(be, g)
+    slices = max(1, min(SLICES, -(-g.size // (4 * THREADS))))
+    partial, norm = be.xp.empty(slices, "float64"), be.xp.empty((), "float64")
+    be.launch("square_sums", g, slices, THREADS, g, partial, g.size, -(-g.size // slices))
+    be.launch("norm_of_sums", g, 1, THREADS, partial, norm, slices)
+    return norm
+
+
+def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale):
+    scale = _on_device(be, g_scale, "float64")
+    numbers = lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step
+    each(be, "adamw", p, p.size, p, g, m, v, None, p.size, decayed, *numbers, scale)
+
+
+TWINS = {
+    "linear": (linear_forward, linear_backward),
+    "spike": (spike_forward,),
+    "norm": (rmsnorm_forward, rmsnorm_backward, add_rmsnorm_forward, add_rmsnorm_backward),
+    "rope": (rope_forward, rope_backward),
+    "heads": (relu_heads_forward, relu_heads_backward),
+    "swiglu": (swiglu_forward, swiglu_backward),
+    "cross_entropy": (cross_entropy,),
+    "adamw": (adamw, grad_norm),
+    "gate": (log_gate_forward, log_gate_backward),
+    "embedding": (embedding_forward, embedding_backward),
+}

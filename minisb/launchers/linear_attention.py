@@ -1,0 +1,126 @@
+"""Twins of gated linear attention: the plain kernels, and the ones on tensor cores where they fit."""
+
+from __future__ import annotations
+
+from minisb.launchers.grid import LARGEST_HEAD, MULTIPROCESSORS, WARPS, contiguous, each, wide_type
+from minisb.ops import gla
+
+FAST_CHUNK = 64  # tokens of a chunk on tensor cores (CHUNK in cuda/gla_fast.cu)
+CHUNK = 16  # tokens between two saved states (CHUNK in cuda/gla.cu)
+
+
+def gla_forward(be, q, k, v, log_g, state=None, scale=None, chunk=CHUNK):
+    if _tensor_cores(be, q):
+        return _gla_forward_fast(be, q, k, v, log_g, state, scale)
+    if not _walkable(q, k):
+        return gla.gla_forward.reference(be, q, k, v, log_g, state, scale, chunk)
+    return _gla_forward_plain(be, q, k, v, log_g, state, scale, chunk)
+
+
+def _gla_forward_plain(be, q, k, v, log_g, state, scale, chunk):
+    q, k, v, log_g, state = contiguous(be, q, k, v, log_g, state)
+    B, T, G, D = k.shape
+    scale = D**-0.5 if scale is None else scale
+    o, final = be.xp.empty_like(q), be.xp.empty((B, G, D, D), wide_type(q))
+    states = be.xp.empty((B, -(-T // chunk), G, D, D), wide_type(q))
+    _walk(be, q, k, v, _decay(be, q, log_g), state, o, final, states, scale, chunk)
+    return o, final, (q, k, v, log_g, scale, chunk, states)
+
+
+def gla_step(be, q, k, v, log_g, state, scale=None):
+    if not _walkable(q, k):
+        return gla.gla_step.reference(be, q, k, v, log_g, state, scale)
+    q, k, v, log_g = contiguous(be, q, k, v, log_g)
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    o = be.xp.empty_like(q)
+    _walk(be, q, k, v, _decay(be, q, log_g), state, o, state, None, scale, 1)
+    return o
+
+
+def gla_backward(be, do, dstate, saved):
+    q, k, v, log_g, scale, chunk, states = saved
+    if not _walkable(q, k):
+        return gla.gla_backward.reference(be, do, dstate, saved)
+    if chunk > CHUNK:  # more than a thread keeps: walk once more, saving oftener
+        return gla_backward(be, do, dstate, _gla_forward_plain(be, q, k, v, log_g, states[:, 0], scale, CHUNK)[2])
+    do, dstate, q, k, v, log_g, states = contiguous(be, do, dstate, q, k, v, log_g, states)
+    B, T, G, D = k.shape
+    decay = _decay(be, q, log_g)
+    dq, dk, dv, dlog_g = (be.xp.empty_like(x) for x in (q, k, v, log_g))
+    dfirst = be.xp.empty((B, G, D, D), wide_type(q))
+    sizes = T, q.shape[2], G, D, scale
+    blocks, threads, parts = _lines(B * G, D, per_thread=16)
+    be.launch("gla_backward_columns", q, blocks, threads, do, q, k, decay, dstate, dv, dfirst, *sizes, parts)
+    blocks, threads, parts = _lines(B * G, D, per_thread=8)
+    inputs = do, q, k, v, decay, states, dstate
+    be.launch("gla_backward_rows", q, blocks, threads, *inputs, dq, dk, dlog_g, *sizes, chunk, parts)
+    return dq, dk, dv, dlog_g, dfirst
+
+
+def _tensor_cores(be, q) -> bool:
+    """Whether cuda/gla_fast.cu is for these heads and this GPU (sm_80 and later, and with the shared memory)."""
+    D, target = q.shape[3], getattr(be.device, "target", "sm_0")
+    if q.dtype.itemsize != 2 or D not in (64, 128) or int(target.strip("sm_a")) < 80:
+        return False
+    return _fast_bytes(D) <= be.device.shared_bytes
+
+
+def _fast_bytes(D: int) -> int:
+    """sizeof(Shared<D>) in cuda/gla_fast.cu."""
+    padded = 2 * (D + 8)
+    stage = FAST_CHUNK * (4 * D + 2 * D + padded)
+    return 2 * stage + 3 * FAST_CHUNK * padded + D * padded + 8 * 4 * D
+
+
+def _gla_forward_fast(be, q, k, v, log_g, first, scale):
+    """Many states: a block walks each.  Few: the text is cut into pieces, whose states are found first."""
+    q, k, v, log_g, first = contiguous(be, q, k, v, log_g, first)
+    (B, T, G, D), H = k.shape, q.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    chunks = -(-T // FAST_CHUNK)
+    a_piece = -(-chunks // max(1, min(chunks // 4, MULTIPROCESSORS // (B * G))))
+    pieces = -(-chunks // a_piece)
+    o, final, wide = be.xp.empty_like(q), be.xp.empty((B, G, D, D), "float32"), "float32"
+    states = be.xp.empty((B, chunks, G, D, D), wide)
+    sizes, shared = (T, H, G, scale, a_piece), _fast_bytes(D)
+    kernel = {64: "gla_fast_forward_64", 128: "gla_fast_forward_128"}[D]
+    grid, inputs = (B * G, 1, pieces), (q, k, v, log_g)
+    ends = final
+    if pieces > 1:
+        ends, decays = be.xp.empty((B, G, pieces, D, D), wide), be.xp.empty((B, G, pieces, D), wide)
+        be.launch(kernel, q, grid, 256, *inputs, None, None, ends, None, decays, *sizes, shared=shared)
+        each(be, "gla_fast_join", q, final.size, first, ends, decays, final, B * G, pieces, D)
+        first, ends = ends, be.xp.empty_like(ends)
+    be.launch(kernel, q, grid, 256, *inputs, first, o, ends, states, None, *sizes, shared=shared)
+    return o, final, (q, k, v, log_g, scale, FAST_CHUNK, states)
+
+
+def _walkable(q, k) -> bool:
+    """Whether one token of a group fits into a block's shared memory (STAGE in cuda/gla.cu)."""
+    padded = 8 << (-(-k.shape[3] // 8) - 1).bit_length()
+    heads = 3 + 2 * (q.shape[2] // k.shape[2])
+    return k.shape[3] <= LARGEST_HEAD and heads * max(padded, 16) * (8 if q.dtype.itemsize == 8 else 4) <= 40960
+
+
+def _decay(be, q, log_g):
+    decay = be.xp.empty_like(log_g)
+    each(be, "gla_decay", q, log_g.size, log_g, decay, log_g.size)
+    return decay
+
+
+def _walk(be, q, k, v, decay, first, o, final, states, scale, chunk):
+    B, T, G, D = k.shape
+    blocks, threads, parts = _lines(B * G, D, per_thread=16)
+    sizes = T, q.shape[2], G, D, scale, chunk
+    be.launch("gla_forward", q, blocks, threads, q, k, v, decay, first, o, final, states, *sizes, parts)
+
+
+def _lines(states: int, D: int, per_thread: int):
+    """Grid for columns or rows of states: blocks, threads, and the lanes that share one line of D entries."""
+    parts = 1 << (-(-D // per_thread) - 1).bit_length()
+    warps = -(-D // (32 // parts))
+    a_block = min(warps, WARPS)
+    return (states, -(-warps // a_block)), 32 * a_block, parts
+
+
+TWINS = {"gla": (gla_forward, gla_backward, gla_step)}
