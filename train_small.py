@@ -23,7 +23,8 @@ from minisb.train import TrainSettings, check_memory, describe_data, resume, sta
 
 #: Flags by where their values go.  None means "not given": the preset or the stored run decides.
 CONFIG_FLAGS = ("steps", "batch_size", "seq_len", "lr", "spike", "spike_k", "capacity")
-TRAIN_FLAGS = ("data", "seed", "accumulate", "spike_from", "eval_every", "checkpoint_every", "dtype")
+TRAIN_FLAGS = ("data", "seed", "accumulate", "spike_from", "eval_every", "checkpoint_every")
+MACHINE_FLAGS = ("device", "native", "dtype")  # may change when a run goes on
 SAMPLE_TOKENS = 200
 SAMPLE_FROM = (0.6, None, 0.95)  # temperature, top-k, top-p: a small model is best kept to what it is sure of
 
@@ -66,7 +67,8 @@ def main(argv) -> int:
     be, why = choose(settings.device, settings.native, args.threads)
     if args.graph == "on" and be.name != "cuda":
         raise MinisbError("--graph on needs a GPU: there is nothing to record on a CPU.")
-    print(f"device  {be.name}: {why}")
+    settings = replace(settings, dtype=_activations(settings.dtype, be, args))
+    print(f"device  {be.name}: {why}; {settings.dtype}")
     check_memory(config, be)
 
     if args.resume:
@@ -112,14 +114,14 @@ def new_run(args):
         "eval_every": max(1, config.steps // 8),
         "checkpoint_every": max(1, config.steps // 5),
     }
-    settings = TrainSettings(**every | _given(args, (*TRAIN_FLAGS, "device", "native")))
+    settings = TrainSettings(**every | {"dtype": "auto"} | _given(args, (*TRAIN_FLAGS, *MACHINE_FLAGS)))
     return _new_folder(args.out, config.preset), config, settings
 
 
 def stored_run(args):
     """-> folder, Config, TrainSettings of the run in --resume.
 
-    device and native may be others this time; a flag that contradicts the run is an error.
+    What depends on the machine may be otherwise this time; a flag that contradicts the run is an error.
     """
     folder = Path(args.resume)
     stored = checkpoint.load_config(folder)
@@ -131,7 +133,7 @@ def stored_run(args):
                 f"--{name.replace('_', '-')} cannot change in a resumed run, which has {values[name]}: "
                 "leave the flag away, or start a new run without --resume."
             )
-    return folder, config, replace(settings, **_given(args, ("device", "native")))
+    return folder, config, replace(settings, **_given(args, MACHINE_FLAGS))
 
 
 def _given(args, names) -> dict:
@@ -158,8 +160,15 @@ def _data(text: str) -> str:
 def _dtype(text: str) -> str:
     if text not in ("auto", "float32", "bfloat16", "float16"):
         raise argparse.ArgumentTypeError(f"unknown dtype {text!r}")
-    if text in ("bfloat16", "float16"):
-        raise MinisbError(f"--dtype {text} needs a GPU: on a CPU this trains in float32.")
+    return text
+
+
+def _activations(name: str, be, args) -> str:
+    """The dtype to train in: what the flag says, else what the run had if this machine can, else what suits it."""
+    if be.name == "cuda":
+        return be.activations if name == "auto" else name
+    if args.dtype in ("bfloat16", "float16"):
+        raise MinisbError(f"--dtype {args.dtype} needs a GPU: on a CPU this trains in float32.")
     return "float32"
 
 

@@ -23,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from train_cpu import cpu_name
 
-from minisb.backend import CpuBackend, default_threads
+from minisb.backend import Backend, CpuBackend, default_threads
 from minisb.bench import DECODE, measure
 from minisb.config import PRESETS, preset
-from minisb.model import HEAD_LOGITS
 
 F32 = 4  # bytes
 
@@ -38,7 +37,7 @@ def work(c) -> dict[str, tuple[float, float]]:
     q, kv, fused = N * H * D, N * G * D, N * (H + 2 * G) * D
     pairs = N * H * min(W, c.seq_len)  # (query, key), about: the first W tokens see fewer
     walk = N * G * D * D  # state entries touched, all tokens
-    rows, size, R = HEAD_LOGITS // V, 1 << 20, H // G
+    rows, size, R = Backend.head_logits // V, 1 << 20, H // G
     values = {  # (values moved, FLOPs)
         "linear_forward": (N * C + 2 * F * C + N * 2 * F, 2 * N * C * 2 * F),
         "linear_backward": (2 * N * C + 3 * 2 * F * C + N * 2 * F, 4 * N * C * 2 * F),

@@ -38,3 +38,21 @@ extern "C" __global__ void cross_entropy(
     for (int j = threadIdx.x; j < V; j += blockDim.x)
         x[j] = (exp((wide)x[j] - top_of_row) / total - (j == target ? 1 : 0)) * d;
 }
+
+// *count = how many of the N targets are not `ignore`, at least 1.  Grid: one block.
+extern "C" __global__ void counted(const int* targets, double* count, i64 N, int ignore)
+{
+    double found = 0;
+    for (i64 i = threadIdx.x; i < N; i += blockDim.x) found += targets[i] != ignore;
+    found = block_sum(found);
+    if (threadIdx.x == 0) *count = found > 1 ? found : 1;
+}
+
+// *total = the sum of N losses.  Grid: one block.
+extern "C" __global__ void total_loss(const wide* losses, double* total, i64 N)
+{
+    double sum = 0;
+    for (i64 i = threadIdx.x; i < N; i += blockDim.x) sum += losses[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *total = sum;
+}

@@ -44,6 +44,11 @@ class Backend:
 
     name = "numpy"
     xp = np
+    #: The head works on this many logits at a time: a slice stays in cache, and the logits of a
+    #: whole batch never exist at once.
+    head_logits = 1 << 21
+    #: What --dtype auto means here.
+    activations = "float32"
 
     def __init__(self, threads: int | None = None):
         self.threads = threads or default_threads()
@@ -54,6 +59,11 @@ class Backend:
     def use(self, name: str, function):
         """Swap in another implementation of one operation; lessons and tests do this."""
         self.natives[name] = function
+
+    @staticmethod
+    def wide(dtype):
+        """The type of sums, states and rotary tables beside activations of `dtype`."""
+        return np.dtype("float64" if dtype.itemsize == 8 else "float32")
 
     def gemm(self, a, b, out=None, ta=False, tb=False, accumulate=False):
         """op(a) @ op(b) for matrices, op = transpose where ta / tb; `out` is written or, with
@@ -96,6 +106,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    head_logits = 1 << 28  # a GPU wants large products
 
     def __init__(self, device, select: str = "all"):
         from minisb import gpu, launchers
@@ -107,10 +118,21 @@ class CudaBackend(Backend):
             self.natives.update({twin.__name__: twin for twin in launchers.MODULES[module]})
         self.natives = gpu.named_ranges(device, self.natives)
         self.gemm = device.gemm
+        # bfloat16 has the range of float32, and multiplies on tensor cores from this generation on.
+        self.activations = "bfloat16" if int(device.target.strip("sm_a")) >= 80 else "float16"
 
     def launch(self, kernel: str, like, blocks, threads, *args, **options):
         """Run a kernel in its version for arrays of the dtype of `like`; see gpu.Launcher.launch."""
         self.device.launch(kernel, like.dtype, blocks, threads, *args, **options)
+
+
+def element(name: str):
+    """The NumPy dtype of an element type by its name; bfloat16 is one of the package ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 def default_threads() -> int:

@@ -11,7 +11,6 @@ import numpy as np
 
 from minisb.backend import Backend, CpuBackend
 from minisb.config import Config, preset
-from minisb.model import HEAD_LOGITS
 from minisb.ops.adamw import adamw, grad_norm
 from minisb.ops.attention import attention_backward, attention_forward, attention_step
 from minisb.ops.cross_entropy import cross_entropy
@@ -149,7 +148,7 @@ def _row_cases(c: Config) -> list[Case]:
         return lambda: rope_backward(be, *arguments)
 
     def loss_and_gradient(be, draw):
-        rows = HEAD_LOGITS // c.vocab  # one slice of the head, as the model does it
+        rows = be.head_logits // c.vocab  # one slice of the head, as the model does it
         logits, targets = draw(rows, c.vocab), np.arange(rows) % c.vocab
         return lambda: cross_entropy(be, logits, targets, 1 / rows)
 

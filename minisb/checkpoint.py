@@ -126,12 +126,16 @@ def load_state(folder, store) -> int:
     targets = {}
     for part, flat in (("p", store.flat_p), ("m", store.flat_m), ("v", store.flat_v)):
         targets |= {f"{part}.{name}": view for name, view in store.named(flat).items()}
-    return _load_tensors(Path(folder) / STATE, targets, store.xp)
+    step = _load_tensors(Path(folder) / STATE, targets, store.xp)
+    store.round()
+    return step
 
 
 def load_weights(folder, store) -> int:
     """Weights into `store` -> the step that they follow."""
-    return _load_tensors(Path(folder) / WEIGHTS, store.p, store.xp)
+    step = _load_tensors(Path(folder) / WEIGHTS, store.p, store.xp)
+    store.round()
+    return step
 
 
 def load_model(folder, device: str = "auto", native: str = "all", threads: int | None = None) -> SpikingBrain:

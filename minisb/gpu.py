@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from minisb import kernels
+from minisb import backend, kernels
 from minisb.errors import MinisbError
 
 #: Threads of a block where a kernel has no reason for another number.
@@ -104,15 +104,11 @@ def _dtype(declared: str, element: str, array: bool):
     wide = "float64" if element == "float64" else "float32"
     found = {"real": element, "wide": wide, "int": "int32", "i64": "int64", "float": "float32", "double": "float64"}
     name = found[declared]
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name) if array else np.dtype(name).type
+    return backend.element(name) if array else np.dtype(name).type
 
 
 class Gpu(Launcher):
-    """One NVIDIA GPU through CuPy, in float32 and float64 now; the kernels know bfloat16 and float16 too."""
+    """One NVIDIA GPU through CuPy."""
 
     def __init__(self):
         import cupy
@@ -127,17 +123,21 @@ class Gpu(Launcher):
         self.gemm = Cublas(cupy).gemm
         self.shared_bytes = self.device.attributes["MaxSharedMemoryPerBlockOptin"]
         self._null = np.uintp(0)
+        self._cubins = {}  # (file stem, element type) -> path
 
     def load(self, stem: str, element: str) -> dict:
-        """The first kernel of an element type brings all files: compiled side by side, they take little longer."""
-        paths = self._paths(element)
-        module = self.cupy.RawModule(path=str(paths[stem]))
+        """The process's first kernel brings all files of its element type: compiled side by side, they take
+        little longer.  What another type needs (float32 sums beside bfloat16, say) comes a file at a time."""
+        if not self._cubins:
+            self._cubins = {(s, element): path for s, path in self._compile(list(kernels.files()), element).items()}
+        if (stem, element) not in self._cubins:
+            self._cubins[stem, element] = self._compile([stem], element)[stem]
+        module = self.cupy.RawModule(path=str(self._cubins[stem, element]))
         names = [name for name, (where, _) in kernels.signatures().items() if where == stem]
         return {name: module.get_function(name) for name in names}
 
-    @functools.cache  # noqa: B019 (one per process)
-    def _paths(self, element: str) -> dict:
-        return kernels.compile_files(self.compiler, list(kernels.files()), element, self.target)
+    def _compile(self, stems: list[str], element: str) -> dict:
+        return kernels.compile_files(self.compiler, stems, element, self.target)
 
     def pointer(self, array):
         if array is None:

@@ -7,17 +7,13 @@ from minisb.errors import MinisbError
 from minisb.experts import MixtureOfExperts
 from minisb.hybrid import ParallelHybrid, SharedHybrid
 from minisb.layers import Context, GatedLinearAttention, SoftmaxAttention, SwiGLU
-from minisb.ops.cross_entropy import IGNORE, cross_entropy
+from minisb.ops.cross_entropy import counted, cross_entropy, total_loss
 from minisb.ops.embedding import embedding_backward, embedding_forward
 from minisb.ops.norm import add_rmsnorm_backward, add_rmsnorm_forward, rmsnorm_forward
 from minisb.ops.rope import rope_table
 from minisb.params import ParamStore, Spec
 from minisb.quantized import Int8Matrix, QuantizedStore
 from minisb.state import DecodeState
-
-#: The head works on this many logits at a time: a slice stays in cache, and the logits of a
-#: whole batch never exist at once.
-HEAD_LOGITS = 1 << 21
 
 
 def specs(c: Config) -> list[Spec]:
@@ -124,7 +120,7 @@ class SpikingBrain:
         On a GPU it is an array of no axes there: float() of it waits for the GPU.
         """
         h, _ = self._forward(tokens, spike, tap)
-        return self._head_loss(h, targets) / self._counted(targets)
+        return self._head_loss(h, targets) / counted(self.be, targets)
 
     def loss_and_backward(self, tokens, targets, spike=False, scale: float = 1.0, tap=None):
         """Mean loss, as `loss` gives it; scale * its gradient is added to store.g.
@@ -135,7 +131,7 @@ class SpikingBrain:
         if isinstance(self.store, QuantizedStore):
             raise MinisbError("a quantised model cannot be trained: go on with the run it was made from.")
         h, saved = self._forward(tokens, spike, tap, aux=scale)
-        count = self._counted(targets)
+        count = counted(self.be, targets)
         dh = self.be.xp.empty_like(h)
         total = self._head_loss(h, targets, dh, scale / count)
         self._backward(dh, tokens, saved)
@@ -165,7 +161,8 @@ class SpikingBrain:
         if (start, length) not in self._angles:
             tables = rope_table(start, length, self.config.head_dim, self.config.rope_theta)
             last = list(self._angles.items())[-1:]
-            self._angles = dict(last) | {(start, length): [self.be.xp.asarray(x, self.embedding.dtype) for x in tables]}
+            dtype = self.be.wide(self.embedding.dtype)
+            self._angles = dict(last) | {(start, length): [self.be.xp.asarray(x, dtype) for x in tables]}
         return self._angles[start, length]
 
     def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None, aux: float | None = None):
@@ -238,10 +235,6 @@ class SpikingBrain:
         rows = self._head_product(h.reshape(-1, h.shape[-1]))
         return rows.reshape(*h.shape[:-1], -1)
 
-    def _counted(self, targets):
-        """How many targets count, 1 if none does."""
-        return self.be.xp.maximum((targets != IGNORE).sum(), 1)
-
     def _head_loss(self, h, targets, dh=None, dloss=None):
         """Sum of losses; with dloss also dh, and the head's gradient added.
 
@@ -250,12 +243,12 @@ class SpikingBrain:
         """
         be = self.be
         h, targets = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
-        size = max(64, HEAD_LOGITS // self.config.vocab)
+        size = max(64, be.head_logits // self.config.vocab)
         total = 0.0
         for start in range(0, len(h), size):
             rows = slice(start, start + size)
             logits = self._head_product(h[rows])
-            total = total + cross_entropy(be, logits, targets[rows], dloss).sum(dtype="float64")
+            total = total + total_loss(be, cross_entropy(be, logits, targets[rows], dloss))
             if dloss is not None:
                 be.gemm(logits, self.head, out=dh.reshape(h.shape)[rows])
                 be.gemm(logits, h[rows], out=self.dhead, ta=True, accumulate=True)

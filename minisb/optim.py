@@ -27,15 +27,41 @@ def clip_scale(norm, limit: float, xp=np):
     return limit / xp.maximum(norm, limit)
 
 
-def update(be, store, step: int, lr: float, norm, settings):
-    """One AdamW step over every parameter of `store`, from its gradients of norm `norm`.
+def update(be, store, step: int, lr: float, norm, settings, loss_scale=1.0):
+    """One AdamW step over every parameter of `store`, from its gradients, `loss_scale` times too large.
 
-    step counts from 1.  settings: clip, beta1, beta2, eps and weight_decay (a TrainSettings).
+    norm: of the gradients without that scale.  step counts from 1.
+    settings: clip, beta1, beta2, eps and weight_decay (a TrainSettings).
     A norm that is not finite is the caller's to refuse: it would spread to every weight.  (On a GPU, where
     the caller looks at a few steps only, such a step changes nothing.)
     """
     adamw(
         be, store.flat_p, store.flat_g, store.flat_m, store.flat_v, store.decayed,
         lr, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
-        step, clip_scale(norm, settings.clip, be.xp),
+        step, clip_scale(norm, settings.clip, be.xp) / loss_scale, store.flat_w if store.mixed else None,
     )  # fmt: skip
+
+
+class LossScale:
+    """What a loss is multiplied by, so that its gradients are not too small for float16.
+
+    A float16 ends at 6e-8 below and 65504 above.  Where a gradient overflows the step is skipped and the scale
+    halved; after GROWTH steps without that it is doubled.  Both numbers live where the gradients do, so that
+    nobody has to wait for them.  Types with a float's range need none: then the scale is 1 and stays.
+    """
+
+    GROWTH = 1000
+
+    def __init__(self, xp, needed: bool):
+        self.xp, self.needed = xp, needed
+        self.value = xp.full((), 2.0**13) if needed else 1.0
+        self.good = xp.zeros(()) if needed else 0.0
+
+    def follow(self, norm):
+        """norm: of the last gradient, finite or not."""
+        if not self.needed:
+            return
+        xp, fine = self.xp, self.xp.isfinite(norm)
+        grown = self.good + 1 >= self.GROWTH
+        self.value = xp.where(fine, xp.where(grown, 2 * self.value, self.value), xp.maximum(0.5 * self.value, 1.0))
+        self.good = xp.where(fine & ~grown, self.good + 1, 0.0)

@@ -40,12 +40,14 @@ def count(specs: list[Spec]) -> int:
 class ParamStore:
     """Flat buffers with named views.
 
-    p: parameters, g: gradients (+=), m, v: AdamW's moments (allocated by `with_optimizer`).
+    p: parameters, g: gradients (+=), m, v: AdamW's moments (allocated with optimizer=True), all of `dtype`.
+    w: what layers read: p itself, or in mixed precision a copy of p rounded to `activations`, the type that
+    activations then have too.  AdamW writes both; who writes p otherwise calls `round`.
     Decayed tensors come first: `decayed` is where they end.  Zeroing gradients is one fill,
     clipping one reduction, AdamW one launch.
     """
 
-    def __init__(self, specs: list[Spec], xp=np, dtype=np.float32, optimizer: bool = False):
+    def __init__(self, specs: list[Spec], xp=np, dtype=np.float32, optimizer: bool = False, activations=None):
         self.specs, self.xp, self.dtype = specs, xp, dtype
         self._spec = {spec.name: spec for spec in specs}
         self._offset: dict[str, int] = {}
@@ -61,6 +63,7 @@ class ParamStore:
                 self.decayed = end
         self.size = end
         self.flat_p = xp.zeros(end, dtype)
+        self.flat_w = self.flat_p if activations in (None, dtype) else xp.zeros(end, activations)
         self.flat_g = xp.zeros(end, dtype)
         self.flat_m = xp.zeros(end if optimizer else 0, dtype)
         self.flat_v = xp.zeros(end if optimizer else 0, dtype)
@@ -72,12 +75,12 @@ class ParamStore:
         return flat[start : start + spec.size].reshape(spec.shape)
 
     def rows(self, names: list[str]):
-        """Joined specs as one (p, g) pair of views, stacked along their first axis."""
+        """Joined specs as one (w, g) pair of views, stacked along their first axis."""
         specs = [self._spec[name] for name in names]
         start, end = self._offset[names[0]], self._offset[names[-1]] + specs[-1].size
         assert end - start == count(specs), f"{names} are not joined"
         shape = (sum(s.shape[0] for s in specs), *specs[0].shape[1:])
-        return self.flat_p[start:end].reshape(shape), self.flat_g[start:end].reshape(shape)
+        return self.flat_w[start:end].reshape(shape), self.flat_g[start:end].reshape(shape)
 
     def named(self, flat) -> dict:
         """Views into `flat` (one of flat_p, flat_m, ...) by parameter name."""
@@ -93,6 +96,17 @@ class ParamStore:
             else:
                 draw = np.random.default_rng([seed, index]).standard_normal(spec.shape, dtype=np.float32)
                 self.p[spec.name][...] = self.xp.asarray(draw * np.float32(spec.init))
+        self.round()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers read a rounded copy."""
+        return self.flat_w is not self.flat_p
+
+    def round(self):
+        """Bring the rounded copy up to date after p was written."""
+        if self.mixed:
+            self.flat_w[...] = self.flat_p
 
     def zero_grad(self):
         self.flat_g.fill(0)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from minisb.config import Config
-from minisb.ops.w8aspike import decode_heads
+from minisb.ops.w8aspike import decode_pair
 
 
 class GLAState:
-    """The state matrix of linear attention, (B,G,D,D), key axis first."""
+    """The state matrix of linear attention, (B,G,D,D), key axis first, float32 also where activations are shorter."""
 
     def __init__(self, be, config: Config, batch: int, dtype):
         shape = (batch, config.kv_heads, config.head_dim, config.head_dim)
-        self.matrix = be.xp.zeros(shape, dtype)
+        self.matrix = be.xp.zeros(shape, be.wide(dtype))
 
     @property
     def nbytes(self) -> int:
@@ -59,8 +59,9 @@ class KeyValueCache:
         return self.first + (min(self.seen, self.window) if self.window else self.seen)
 
     def begin(self, memory):
-        """Keys and values (S,G,D) of the sinks."""
-        self.k[:, : self.first], self.v[:, : self.first] = memory
+        """What append takes, of the sinks, which are the same in every sequence: keys and values (S,G,D)."""
+        for name, x in zip(self.FIELDS, memory, strict=True):
+            getattr(self, name)[:, : self.first] = x
 
     def sinks(self):
         """Keys and values (S,G,D) of the sinks, None if there are none."""
@@ -120,7 +121,12 @@ class Int8KeyValueCache(KeyValueCache):
     def past(self):
         """As fp32."""
         at = self._past()
-        return decode_heads(self.k[:, at], self.ku[:, at]), decode_heads(self.v[:, at], self.vu[:, at])
+        return decode_pair(x[:, at] for x in (self.k, self.ku, self.v, self.vu))
+
+    def sinks(self):
+        """As fp32."""
+        at = slice(self.first)
+        return decode_pair(x[0, at] for x in (self.k, self.ku, self.v, self.vu)) if self.first else None
 
 
 class PairState(tuple):

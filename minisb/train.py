@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minisb import checkpoint
+from minisb.backend import element
 from minisb.config import Config
 from minisb.data import TokenData, batch, bigram_loss, eval_batches
 from minisb.errors import MinisbError
@@ -26,7 +27,7 @@ from minisb.experts import Loads
 from minisb.model import SpikingBrain, specs
 from minisb.ops.adamw import grad_norm
 from minisb.ops.spike import window_sparsity
-from minisb.optim import lr_at, update
+from minisb.optim import LossScale, lr_at, update
 from minisb.params import ParamStore, count
 
 #: Evaluation reads the validation text from its beginning, up to this many tokens: a glance
@@ -53,7 +54,7 @@ class TrainSettings:
     eval_every: int = 250
     checkpoint_every: int = 500
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of activations and of the weights that products read; masters are float32
     native: str = "all"  # another choice sums in another order, so resume keeps to it
 
     def __post_init__(self):
@@ -83,6 +84,7 @@ class Trainer:
         self.first = self.saved = step  # where this process began, and what is on disk
         self.clock = Clock()
         self.logged = (step, 0.0)  # step and clock at the last record
+        self.loss_scale = LossScale(model.be.xp, settings.dtype == "float16")
         self.loads = None  # of the experts in this step, where it is logged
         c = model.config
         for name, tokens in (("training", data.train), ("validation", data.val)):
@@ -136,7 +138,7 @@ class Trainer:
                 stop = interrupt.asked
                 if due or stop or self._looks():
                     loss, norm = float(loss), float(norm)
-                    self._check_finite(loss=loss, gradient=norm)
+                    self._check_finite(loss=loss, **({} if self.loss_scale.needed else {"gradient": norm}))
             # Saved here and not right after the update, because by now these weights have been
             # used once: what is saved is known to give a finite loss and a finite gradient.
             if due or stop:
@@ -145,7 +147,9 @@ class Trainer:
                 return False
             lr = self._learning_rate()
             with self.clock:
-                update(self.model.be, self.model.store, self.step + 1, lr, norm, self.settings)
+                scale = self.loss_scale.value
+                update(self.model.be, self.model.store, self.step + 1, lr, norm, self.settings, scale)
+                self.loss_scale.follow(norm)
             self.step += 1
             self._record(loss, lr, norm)
             if isinstance(loss, float):
@@ -169,10 +173,10 @@ class Trainer:
         for start in range(0, len(x), c.batch_size):
             rows = slice(start, start + c.batch_size)
             part = self.model.loss_and_backward(
-                asarray(x[rows]), asarray(y[rows]), self.spiking, 1 / s.accumulate, self.loads
+                asarray(x[rows]), asarray(y[rows]), self.spiking, self.loss_scale.value / s.accumulate, self.loads
             )
             loss += part / s.accumulate
-        return loss, grad_norm(self.model.be, self.model.store.flat_g)
+        return loss, grad_norm(self.model.be, self.model.store.flat_g) / self.loss_scale.value
 
     def save(self):
         checkpoint.save_state(self.folder, self.model.store, self.step)
@@ -240,7 +244,7 @@ class Trainer:
 
 def start(folder, config: Config, settings: TrainSettings, be, tokenizer, data: TokenData) -> Trainer:
     """A new run in `folder`, which then holds a checkpoint of step 0."""
-    store = ParamStore(specs(config), be.xp, optimizer=True)
+    store = _store(config, settings, be)
     store.initialise(settings.seed)
     trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data)
     checkpoint.remove_stale(folder)
@@ -253,12 +257,16 @@ def start(folder, config: Config, settings: TrainSettings, be, tokenizer, data: 
 
 def resume(folder, config: Config, settings: TrainSettings, be, data: TokenData) -> Trainer:
     """The run in `folder`, as its last checkpoint left it.  Raises MinisbError if that is damaged."""
-    store = ParamStore(specs(config), be.xp, optimizer=True)
+    store = _store(config, settings, be)
     step = checkpoint.load_state(folder, store)
     trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, step)
     checkpoint.remove_stale(folder)
     checkpoint.trim_log(folder, step)
     return trainer
+
+
+def _store(config: Config, settings: TrainSettings, be) -> ParamStore:
+    return ParamStore(specs(config), be.xp, optimizer=True, activations=element(settings.dtype))
 
 
 def describe_data(data: TokenData) -> dict:

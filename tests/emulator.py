@@ -44,8 +44,15 @@ class Emulated(Launcher):
         assert array is None or isinstance(array, np.ndarray)
         return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
-    def gemm(self, *args, **kwargs):
-        return Backend.gemm(self, *args, **kwargs)
+    def gemm(self, a, b, out=None, **how):
+        """Sums in float32 at least, as cuBLAS has them."""
+        if a.dtype.itemsize > 2:
+            return Backend.gemm(self, a, b, out, **how)
+        product = Backend.gemm(self, a.astype("float32"), b.astype("float32"), **{**how, "accumulate": False})
+        if out is None:
+            return product.astype(a.dtype)
+        out[...] = out + product if how.get("accumulate") else product
+        return out
 
 
 def backend() -> CudaBackend:

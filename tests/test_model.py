@@ -154,7 +154,7 @@ def test_the_head_in_slices_is_the_head_in_one(be, monkeypatch):
     whole = model.loss_and_backward(tokens, targets)
     kept = model.store.flat_g.copy()
     model.store.zero_grad()
-    monkeypatch.setattr("minisb.model.HEAD_LOGITS", 1)
+    monkeypatch.setattr(be, "head_logits", 1)
     assert abs(model.loss_and_backward(tokens, targets) / whole - 1) < 1e-12
     assert gradcheck.relative_rms(model.store.flat_g, kept) < 1e-12
 

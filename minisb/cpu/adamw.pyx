@@ -36,7 +36,7 @@ cdef inline double _squares_slice(const real* g, int64_t n) noexcept nogil:
     return total
 
 
-def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale):
+def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale, rounded=None):
     assert p.shape == g.shape == m.shape == v.shape
     scale_m, scale_v = lr / (1 - beta1**step), 1 / (1 - beta2**step)
     for part, keep in ((slice(0, decayed), 1 - lr * weight_decay), (slice(decayed, None), 1)):
@@ -46,6 +46,8 @@ def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_
         else:
             _adamw[double](be.threads, p[part], g[part], m[part], v[part], keep,
                            1 - beta1, 1 - beta2, scale_m, scale_v, eps, g_scale)
+    if rounded is not None:
+        rounded[...] = p
 
 
 cdef _adamw(int threads, real[::1] p, const real[::1] g, real[::1] m, real[::1] v, real keep, real new_m, real new_v,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from minisb.gpu import THREADS, Rows
 from minisb.launchers.grid import SLICES, contiguous, each, flat, int32, sliced_sum, warp_a_row, wide_type
 from minisb.ops.cross_entropy import IGNORE
 from minisb.ops.spike import VTH_MAX, VTH_MIN
 
 # --- norm
+
+ANY = np.empty(0, "float32")  # for a kernel that has no real in it
 
 
 def rmsnorm_forward(be, x, w, eps):
@@ -176,6 +180,19 @@ def cross_entropy(be, logits, targets, dloss=None):
     return losses
 
 
+def counted(be, targets):
+    count = be.xp.empty((), "float64")
+    targets = int32(be, targets)
+    be.launch("counted", ANY, 1, THREADS, targets, count, targets.size, IGNORE)
+    return count
+
+
+def total_loss(be, losses):
+    total = be.xp.empty((), "float64")
+    be.launch("total_loss", losses, 1, THREADS, losses, total, losses.size)
+    return total
+
+
 def _on_device(be, number, dtype):
     """A Python number (sent as part of a launch, not as a copy) or an array, as an array of `dtype`."""
     if isinstance(number, (int, float)):
@@ -196,10 +213,11 @@ def grad_norm(be, g):
     return norm
 
 
-def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale):
+def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale, rounded=None):
     scale = _on_device(be, g_scale, "float64")
+    like = p if rounded is None else rounded
     numbers = lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step
-    each(be, "adamw", p, p.size, p, g, m, v, None, p.size, decayed, *numbers, scale)
+    each(be, "adamw", like, p.size, p, g, m, v, rounded, p.size, decayed, *numbers, scale)
 
 
 TWINS = {
@@ -209,7 +227,7 @@ TWINS = {
     "rope": (rope_forward, rope_backward),
     "heads": (relu_heads_forward, relu_heads_backward),
     "swiglu": (swiglu_forward, swiglu_backward),
-    "cross_entropy": (cross_entropy,),
+    "cross_entropy": (cross_entropy, counted, total_loss),
     "adamw": (adamw, grad_norm),
     "gate": (log_gate_forward, log_gate_backward),
     "embedding": (embedding_forward, embedding_backward),

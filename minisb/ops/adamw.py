@@ -10,8 +10,10 @@ def grad_norm(be, g):
 
 
 @op
-def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale):
+def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_scale, rounded=None):
     """One update in place of p, m, v (all flat).  step counts from 1; g is scaled by g_scale first.
+
+    rounded: in mixed precision the copy of p that layers read, which is written too.
 
         m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
         p = p - lr * weight_decay * p  (only p[:decayed])
@@ -23,3 +25,5 @@ def adamw(be, p, g, m, v, decayed, lr, beta1, beta2, eps, weight_decay, step, g_
     p[:decayed] *= 1 - lr * weight_decay
     c1, c2 = 1 - beta1**step, 1 - beta2**step
     p -= (lr / c1) * m / (be.xp.sqrt(v / c2) + eps)
+    if rounded is not None:
+        rounded[...] = p

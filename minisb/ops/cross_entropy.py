@@ -7,6 +7,18 @@ IGNORE = -1
 
 
 @op
+def counted(be, targets):
+    """How many targets are not IGNORE, at least 1: a number to divide by.  On a GPU it stays there."""
+    return max(int((targets != IGNORE).sum()), 1)
+
+
+@op
+def total_loss(be, losses):
+    """The sum of losses (N,), in float64.  On a GPU it stays there, an array of no axes."""
+    return losses.sum(dtype="float64")
+
+
+@op
 def cross_entropy(be, logits, targets, dloss=None):
     """logits (N,V), targets (N,) -> losses (N,) in nats, 0 where the target is IGNORE.
 

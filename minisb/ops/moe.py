@@ -177,7 +177,7 @@ def grouped_forward(be, x, w, offsets, out=None):
     Rows past the last expert's are zero.  `out`, if given, is written; it may be columns of a wider array.
     """
     y = be.xp.empty((len(x), w.shape[1]), x.dtype) if out is None else out
-    for e, rows in _pieces(offsets):
+    for e, rows in pieces(offsets):
         be.gemm(x[rows], w[e], out=y[rows], tb=True)
     y[int(offsets[-1]) :] = 0
     return y
@@ -194,14 +194,14 @@ def grouped_backward(be, dy, x, w, offsets, dw, dx=None):
     if dx is None:
         dx = be.xp.empty((len(dy), w.shape[2]), dy.dtype)
         dx[int(offsets[-1]) :] = 0
-    for e, rows in _pieces(offsets):
+    for e, rows in pieces(offsets):
         be.gemm(dy[rows], w[e], out=dx[rows], accumulate=accumulate)
         be.gemm(dy[rows], x[rows], out=dw[e], ta=True, accumulate=True)
     return dx
 
 
-def _pieces(offsets):
-    """The experts that have rows, and which.  The reference reads offsets on the host."""
+def pieces(offsets):
+    """Each expert e that has rows, and which: (e, slice).  This reads offsets on the host."""
     ends = [int(offset) for offset in offsets]
     for e in range(len(ends) - 1):
         if ends[e] < ends[e + 1]:

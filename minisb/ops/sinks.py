@@ -59,6 +59,13 @@ def sinks_backward(be, do, q, k, v, o, lse, scale=None, dq=None):
     return dq_sinks if dq is None else dq + dq_sinks, dk, dv
 
 
+@op
+def sinks_state_backward(be, dstate):
+    """In linear attention all sequences start from the state that the sinks left: dstate (B,G,D,D), the gradient of
+    each one's start, -> (1,G,D,D), their sum."""
+    return dstate.sum(0, keepdims=True)
+
+
 def _scores(q, k, scale):
     """q (B,T,H,D), k (S,G,D) -> (B,G,R,T,S)."""
     return scale * _group(q, k.shape[1]) @ k.transpose(1, 2, 0)[:, None]

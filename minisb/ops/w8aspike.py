@@ -13,6 +13,7 @@ any number of threads give equal bits.
 import numpy as np
 
 from minisb.backend import op
+from minisb.ops.moe import pieces
 from minisb.ops.spike import VTH_MAX, VTH_MIN
 
 GROUP = 128  # inputs that share a scale
@@ -132,6 +133,17 @@ def w8aspike_linear(be, x, w8, scales, k, b=None):
     return y.reshape(*x.shape[:-1], O)
 
 
+def w8aspike_grouped(be, x, w8, scales, k, offsets):
+    """Experts: x (R,I) fp32, rows by expert, w8 int8 (E,O,I), scales (E,O,groups) -> y (R,O).
+
+    Rows offsets[e] .. offsets[e+1] - 1 are expert e's (ops/moe.py); those past the last expert's are zero.
+    """
+    y = np.zeros((len(x), w8.shape[1]), np.float32)
+    for e, rows in pieces(offsets):
+        y[rows] = w8aspike_linear(be, x[rows], w8[e], scales[e], k)
+    return y
+
+
 # --- attention on int8 keys and values ----------------------------------------------------------
 
 
@@ -160,6 +172,12 @@ def _to_int8(x):
 def decode_heads(x, unit):
     """Integers (B,T,H,D) and their units (B,T,H) -> fp32."""
     return x.astype(np.float32) * unit[..., None]
+
+
+def decode_pair(coded):
+    """k8, ku, v8, vu, as code_heads gives them -> k, v in fp32."""
+    k8, ku, v8, vu = coded
+    return decode_heads(k8, ku), decode_heads(v8, vu)
 
 
 @op
