@@ -143,3 +143,6 @@ __device__ inline wide sigmoid(wide x)
     const wide e = exp(-fabs(x));
     return (x >= 0 ? 1 : e) / (1 + e);
 }
+
+// log(1 + e^x), nearly x for a large x.
+__device__ inline wide softplus(wide x) { return (x > 0 ? x : 0) + log1p(exp(-fabs(x))); }

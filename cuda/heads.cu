@@ -1,7 +1,7 @@
-// From one fused projection to q, k and v of linear attention: split, and relu on q and k (ops/heads.py).
+// From one fused projection to q, k and v of linear attention: split, and relu or sigmoid on q and k (ops/heads.py).
 //
 // qkv (rows,N) has columns q | k | v | others, N >= (H+2G) D.  Grid: a thread an element.
-// Bytes: each of the (H+2G) D columns once in, once out; backward also reads q and k.
+// Bytes: each of the (H+2G) D columns once in, once out; backward also reads q and k; a tied gate is one more k.
 
 extern "C" __global__ void relu_heads_forward(
     const real* qkv, real* q, real* k, real* v, i64 rows, int N, int q_columns, int kv_columns)
@@ -31,6 +31,45 @@ extern "C" __global__ void relu_heads_backward(
         if (j < q_columns) d = (wide)dq[at_q] * ((wide)q[at_q] > 0);
         else if (j < q_columns + kv_columns) d = (wide)dk[at_k] * ((wide)k[at_k] > 0);
         else d = dv[at_k - kv_columns];
+        dqkv[row * N + j] = d;
+    }
+}
+
+// log_g (rows,G,D): where the gate is tied to the key, g = 1 - k, its logarithm, else null.  From what comes before the
+// sigmoid, as in gate.cu.
+extern "C" __global__ void sigmoid_heads_forward(
+    const real* qkv, real* q, real* k, real* v, wide* log_g, i64 rows, int N, int q_columns, int kv_columns)
+{
+    const int used = q_columns + 2 * kv_columns;
+    for (EACH(i, rows * used)) {
+        const i64 row = i / used;
+        const int j = i % used;
+        const i64 at_k = row * kv_columns + j - q_columns;
+        const wide x = qkv[row * N + j];
+        if (j < q_columns) q[row * q_columns + j] = sigmoid(x);
+        else if (j < q_columns + kv_columns) {
+            k[at_k] = sigmoid(x);
+            if (log_g) log_g[at_k] = -softplus(x);
+        } else v[at_k - kv_columns] = x;
+    }
+}
+
+// q and k are what forward gave: sigmoid' = y (1 - y).  dlog_g is null where the gate is not tied.
+extern "C" __global__ void sigmoid_heads_backward(
+    const real* dq, const real* dk, const real* dv, const wide* dlog_g, const real* q, const real* k, real* dqkv,
+    i64 rows, int N, int q_columns, int kv_columns)
+{
+    const int used = q_columns + 2 * kv_columns;
+    for (EACH(i, rows * used)) {
+        const i64 row = i / used;
+        const int j = i % used;
+        const i64 at_q = row * q_columns + j, at_k = row * kv_columns + j - q_columns;
+        wide d;
+        if (j < q_columns) d = (wide)dq[at_q] * (wide)q[at_q] * (1 - (wide)q[at_q]);
+        else if (j < q_columns + kv_columns) {
+            const wide key = k[at_k];
+            d = key * ((wide)dk[at_k] * (1 - key) - (dlog_g ? dlog_g[at_k] : 0));
+        } else d = dv[at_k - kv_columns];
         dqkv[row * N + j] = d;
     }
 }

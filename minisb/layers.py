@@ -28,7 +28,7 @@ from minisb.ops.heads import (
 from minisb.ops.linear import linear_backward, linear_forward
 from minisb.ops.norm import rmsnorm_backward, rmsnorm_forward
 from minisb.ops.rope import rope_backward, rope_forward
-from minisb.ops.sinks import sinks_backward, sinks_forward
+from minisb.ops.sinks import sinks_backward, sinks_forward, sinks_state_backward
 from minisb.ops.spike import spike_count, spike_forward
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward
 from minisb.ops.w8aspike import attention_step_int8, code_heads, decode_heads
@@ -218,7 +218,7 @@ class GatedLinearAttention(Mixer):
             drows[..., -low_rank.shape[-1] :] = linear_backward(
                 be, dz, low_rank, self.gate_w, self.dgate_w, self.dgate_b
             )
-        return drows, dstart.sum(0, keepdims=True) if has_sinks else None
+        return drows, sinks_state_backward(be, dstart) if has_sinks else None
 
 
 class SoftmaxAttention(Mixer):
