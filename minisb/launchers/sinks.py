@@ -11,7 +11,8 @@ def sinks_forward(be, q, k, v, o=None, lse=None, scale=None):
         return sinks.sinks_forward.reference(be, q, k, v, o, lse, scale)
     q, k, v, o, lse = contiguous(be, q, k, v, o, lse)
     joined, both = be.xp.empty_like(q), be.xp.empty(q.shape[:3], wide_type(q))
-    be.launch("sinks_forward", q, *warp_a_row(both.size), q, k, v, o, lse, joined, both, both.size, *_sizes(q, k, scale))
+    inputs, sizes = (q, k, v, o, lse), _sizes(q, k, scale)
+    be.launch("sinks_forward", q, *warp_a_row(both.size), *inputs, joined, both, both.size, *sizes)
     return joined, both
 
 
