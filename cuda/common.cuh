@@ -9,8 +9,10 @@
 // No header is included: NVRTC needs none, and half the compile time would go into them.
 #pragma once
 
-#ifndef EMULATED
+#ifndef EMULATED  // tests/emulator.h has its own
 #define FULL_WARP 0xffffffffu
+// Dynamic shared memory as `char* name`.
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 #endif
 
 typedef long long i64;
@@ -72,6 +74,58 @@ __device__ inline i64 warp_number() { return (i64)blockIdx.x * (blockDim.x / 32)
 // for (EACH(i, n)): every i < n once, shared out over the whole grid; neighbours go to neighbouring threads.
 #define EACH(i, n) \
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (i64)gridDim.x * blockDim.x
+
+// --- neighbours at once ---------------------------------------------------------------------------
+// Memory is read fastest 16 bytes a thread.  A kernel that can is written for packs of W neighbours, and runs
+// with W = PACK where rows and addresses allow it, else with W = 1.
+
+template <int W>
+struct alignas(W * sizeof(real)) Pack {
+    real x[W];
+};
+
+constexpr int PACK = 16 / sizeof(real);
+
+template <int W>
+__device__ inline Pack<W> load(const real* x)
+{
+    return *(const Pack<W>*)x;
+}
+
+template <int W>
+__device__ inline void store(real* x, const Pack<W>& pack)
+{
+    *(Pack<W>*)x = pack;
+}
+
+// Whether rows of C elements from these addresses on are whole packs; a null pointer is.
+__device__ inline bool packed(i64 C) { return C % PACK == 0; }
+
+template <typename... more>
+__device__ inline bool packed(i64 C, const real* x, const more*... others)
+{
+    return (unsigned long long)x % 16 == 0 && packed(C, others...);
+}
+
+// How the lanes of a warp share rows of C elements: `lanes` of them (a power of two) have one row, and take W
+// neighbours at a time.  All lanes go round as often: whose row is beyond the last is not `inside`.
+// for (Row r(rows, C, W); r.more(); r.next()) ...
+struct Row {
+    i64 at, rows, step;
+    int lanes, first, hop;
+    __device__ Row(i64 rows, int C, int W) : rows(rows), lanes(1)
+    {
+        while (lanes < 32 && lanes * W < C) lanes *= 2;
+        const int a_warp = 32 / lanes;
+        at = warp_number() * a_warp + lane() / lanes;
+        step = (i64)gridDim.x * (blockDim.x / 32) * a_warp;
+        first = lane() % lanes * W;
+        hop = lanes * W;
+    }
+    __device__ bool more() const { return at - lane() / lanes < rows; }
+    __device__ bool inside() const { return at < rows; }
+    __device__ void next() { at += step; }
+};
 
 // --- sums in a fixed order ------------------------------------------------------------------------
 // Every thread gets the result.  Two runs give equal bits: the tree depends on nothing but the shape.

@@ -5,6 +5,35 @@
 // Grid: a block takes a row of V logits.  Each thread keeps a running maximum and a sum of exponentials
 // relative to it, so one pass gives both.  Bytes: the logits once in; with a gradient once more in, once out.
 
+template <int W>
+__device__ void row_of(real* x, int target, bool counted, wide* loss, const wide* dloss, int V)
+{
+    wide top = LOWEST, sum = 0;
+    for (int j = threadIdx.x * W; j < V; j += blockDim.x * W) {
+        const Pack<W> a = load<W>(x + j);
+        wide above = top;
+        for (int i = 0; i < W; i++) above = (wide)a.x[i] > above ? (wide)a.x[i] : above;
+        sum *= exp(top - above);
+        top = above;
+        for (int i = 0; i < W; i++) sum += exp((wide)a.x[i] - top);
+    }
+    const wide top_of_row = block_max(top);
+    const wide total = block_sum(sum * exp(top - top_of_row));
+    if (threadIdx.x == 0) {
+        const bool known = target >= 0 && target < V;
+        const wide found = known ? log(total) - ((wide)x[target] - top_of_row) : NO_NUMBER;
+        *loss = counted ? found : 0;
+    }
+    if (!dloss) return;
+    __syncthreads();  // the target's logit has been read
+    const wide d = counted ? *dloss : 0;
+    for (int j = threadIdx.x * W; j < V; j += blockDim.x * W) {
+        Pack<W> a = load<W>(x + j);
+        for (int i = 0; i < W; i++) a.x[i] = (exp((wide)a.x[i] - top_of_row) / total - (j + i == target ? 1 : 0)) * d;
+        store(x + j, a);
+    }
+}
+
 // dloss: one number a row (dloss_stride 1) or one for all (0); not read unless write_gradient.
 // A target of `ignore` is not counted; one outside the vocabulary cannot be reported from here: its loss is NaN.
 extern "C" __global__ void cross_entropy(
@@ -14,29 +43,9 @@ extern "C" __global__ void cross_entropy(
     const i64 row = blockIdx.x;
     real* x = logits + row * row_stride;
     const int target = targets[row];
-    const bool counted = target != ignore;
-
-    wide top = LOWEST, sum = 0;
-    for (int j = threadIdx.x; j < V; j += blockDim.x) {
-        const wide value = x[j];
-        if (value > top) {
-            sum *= exp(top - value);
-            top = value;
-        }
-        sum += exp(value - top);
-    }
-    const wide top_of_row = block_max(top);
-    const wide total = block_sum(sum * exp(top - top_of_row));
-    if (threadIdx.x == 0) {
-        const bool known = target >= 0 && target < V;
-        const wide loss = known ? log(total) - ((wide)x[target] - top_of_row) : NO_NUMBER;
-        losses[row] = counted ? loss : 0;
-    }
-    if (!write_gradient) return;
-    __syncthreads();  // the target's logit has been read
-    const wide d = counted ? dloss[row * dloss_stride] : 0;
-    for (int j = threadIdx.x; j < V; j += blockDim.x)
-        x[j] = (exp((wide)x[j] - top_of_row) / total - (j == target ? 1 : 0)) * d;
+    const wide* d = write_gradient ? dloss + row * dloss_stride : nullptr;
+    if (packed(V, logits) && packed(row_stride)) row_of<PACK>(x, target, target != ignore, losses + row, d, V);
+    else row_of<1>(x, target, target != ignore, losses + row, d, V);
 }
 
 // *count = how many of the N targets are not `ignore`, at least 1.  Grid: one block.

@@ -3,79 +3,93 @@
 //   y = x rstd w,  rstd = (mean(x^2) + eps)^-1/2
 //   dx = rstd (dn - n mean(dn n)),  dw += sum over rows of dy n,  where n = x rstd, dn = dy w
 //
-// Grid: a warp takes a row (forward, dx).  dw: a block takes 32 columns and a slice of the rows; its
-// partial sums are added slice by slice by add_slices (reduce.cu).
+// Grid: lanes of a warp share a row (Row in common.cuh) and then take another.  dw: every warp sums its own rows
+// in shared memory; the sums of a block are one line of `partial`, and add_slices (reduce.cu) adds the lines.
 // Bytes: forward reads x (and delta), writes y (and z): the second look at a row comes from cache.
-// Backward reads dy, x (and dz), writes dx, and reads dy and x once more for dw.
+// Backward reads dy, x (and dz) and writes dx.
 
-extern "C" __global__ void rmsnorm_forward(
-    const real* x, const real* w, real* y, wide* rstd, int rows, int C, wide eps)
+template <int W>
+__device__ void forward(const real* x, const real* delta, const real* w, real* z, real* y, wide* rstd, int rows, int C,
+                        wide eps)
 {
-    const i64 row = warp_number();
-    if (row >= rows) return;
-    x += row * C;
-    y += row * C;
-    wide squares = 0;
-    for (int c = lane(); c < C; c += 32) squares += (wide)x[c] * (wide)x[c];
-    const wide r = 1 / sqrt(warp_sum(squares) / C + eps);
-    for (int c = lane(); c < C; c += 32) y[c] = (wide)x[c] * r * (wide)w[c];
-    if (lane() == 0) rstd[row] = r;
+    for (Row r(rows, C, W); r.more(); r.next()) {
+        const i64 row = r.at * C;
+        wide squares = 0;
+        for (int c = r.first; r.inside() && c < C; c += r.hop) {
+            Pack<W> a = load<W>(x + row + c);
+            if (delta) {
+                const Pack<W> b = load<W>(delta + row + c);
+                for (int i = 0; i < W; i++) a.x[i] = (wide)a.x[i] + (wide)b.x[i];
+                store(z + row + c, a);
+            }
+            for (int i = 0; i < W; i++) squares += (wide)a.x[i] * (wide)a.x[i];  // of what backward will read
+        }
+        const wide scale = 1 / sqrt(lanes_sum(squares, r.lanes) / C + eps);
+        const real* from = delta ? z : x;
+        for (int c = r.first; r.inside() && c < C; c += r.hop) {
+            Pack<W> a = load<W>(from + row + c);
+            const Pack<W> b = load<W>(w + c);
+            for (int i = 0; i < W; i++) a.x[i] = (wide)a.x[i] * scale * (wide)b.x[i];
+            store(y + row + c, a);
+        }
+        if (r.inside() && r.first == 0) rstd[r.at] = scale;
+    }
 }
 
-extern "C" __global__ void add_rmsnorm_forward(
+// delta and z are null, or the sum z = x + delta is what is normed.
+extern "C" __global__ void rmsnorm_forward(
     const real* x, const real* delta, const real* w, real* z, real* y, wide* rstd, int rows, int C, wide eps)
 {
-    const i64 row = warp_number();
-    if (row >= rows) return;
-    x += row * C;
-    delta += row * C;
-    z += row * C;
-    y += row * C;
-    wide squares = 0;
-    for (int c = lane(); c < C; c += 32) {
-        z[c] = (wide)x[c] + (wide)delta[c];
-        squares += (wide)z[c] * (wide)z[c];  // what backward will read: rounded if z is
-    }
-    const wide r = 1 / sqrt(warp_sum(squares) / C + eps);
-    for (int c = lane(); c < C; c += 32) y[c] = (wide)z[c] * r * (wide)w[c];
-    if (lane() == 0) rstd[row] = r;
+    if (packed(C, x, delta, w, z, y)) forward<PACK>(x, delta, w, z, y, rstd, rows, C, eps);
+    else forward<1>(x, delta, w, z, y, rstd, rows, C, eps);
 }
 
-// dz is null, or the gradient that reaches z along the residual stream and is added.
+template <int W>
+__device__ void backward(const real* dz, const real* dy, const real* x, const real* w, const wide* rstd, real* dx,
+                         wide* sums, int rows, int C)
+{
+    for (Row r(rows, C, W); r.more(); r.next()) {
+        const i64 row = r.at * C;
+        const wide scale = r.inside() ? rstd[r.at] : 0;
+        wide along = 0;
+        for (int c = r.first; r.inside() && c < C; c += r.hop) {
+            const Pack<W> d = load<W>(dy + row + c), a = load<W>(x + row + c), b = load<W>(w + c);
+            for (int i = 0; i < W; i++) along += (wide)d.x[i] * (wide)b.x[i] * ((wide)a.x[i] * scale);
+        }
+        along = lanes_sum(along, r.lanes) / C;
+        for (int c = r.first; r.inside() && c < C; c += r.hop) {
+            const Pack<W> d = load<W>(dy + row + c), a = load<W>(x + row + c), b = load<W>(w + c);
+            Pack<W> found;
+            if (dz) found = load<W>(dz + row + c);
+            for (int i = 0; i < W; i++) {
+                const wide n = (wide)a.x[i] * scale, dn = scale * ((wide)d.x[i] * (wide)b.x[i] - n * along);
+                found.x[i] = dz ? (wide)found.x[i] + dn : dn;
+                sums[i * (C / W) + c / W] += (wide)d.x[i] * n;  // so that lanes next to each other meet no bank twice
+            }
+            store(dx + row + c, found);
+        }
+    }
+}
+
+// dz is null, or the gradient that reaches z along the residual stream and is added.  partial (blocks,C).
+// Where several rows share a warp each has its own line of sums.  Shared memory: a line of C for each of those.
 extern "C" __global__ void rmsnorm_backward(
-    const real* dz, const real* dy, const real* x, const real* w, const wide* rstd, real* dx, int rows, int C)
+    const real* dz, const real* dy, const real* x, const real* w, const wide* rstd, real* dx, wide* partial, int rows,
+    int C)
 {
-    const i64 row = warp_number();
-    if (row >= rows) return;
-    dy += row * C;
-    x += row * C;
-    dx += row * C;
-    const wide r = rstd[row];
-    wide along = 0;
-    for (int c = lane(); c < C; c += 32) along += (wide)dy[c] * (wide)w[c] * ((wide)x[c] * r);
-    along = warp_sum(along) / C;
-    for (int c = lane(); c < C; c += 32) {
-        const wide d = r * ((wide)dy[c] * (wide)w[c] - (wide)x[c] * r * along);
-        dx[c] = dz ? (wide)dz[row * C + c] + d : d;
-    }
-}
-
-// partial (slices,C): slice blockIdx.y has rows_a_slice rows, which 8 rows of threads share.
-extern "C" __global__ void rmsnorm_backward_w(
-    const real* dy, const real* x, const wide* rstd, wide* partial, int rows, int C, int rows_a_slice)
-{
-    __shared__ wide sums[8][32];
-    const int c = blockIdx.x * 32 + threadIdx.x;
-    const i64 first = (i64)blockIdx.y * rows_a_slice;
-    const i64 end = first + rows_a_slice < rows ? first + rows_a_slice : rows;
-    wide sum = 0;
-    if (c < C)
-        for (i64 row = first + threadIdx.y; row < end; row += 8)
-            sum += (wide)dy[row * C + c] * ((wide)x[row * C + c] * rstd[row]);
-    sums[threadIdx.y][threadIdx.x] = sum;
+    SHARED_MEMORY(memory);
+    wide* sums = (wide*)memory;
+    const int W = packed(C, dz, dy, x, w, dx) ? PACK : 1;
+    const int lanes = Row(rows, C, W).lanes, lines = blockDim.x / lanes;
+    for (int i = threadIdx.x; i < lines * C; i += blockDim.x) sums[i] = 0;
     __syncthreads();
-    if (threadIdx.y == 0 && c < C) {
-        for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
-        partial[(i64)blockIdx.y * C + c] = sum;
+    wide* own = sums + threadIdx.x / lanes * C;
+    if (W > 1) backward<PACK>(dz, dy, x, w, rstd, dx, own, rows, C);
+    else backward<1>(dz, dy, x, w, rstd, dx, own, rows, C);
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        wide sum = 0;
+        for (int line = 0; line < lines; line++) sum += sums[line * C + c % W * (C / W) + c / W];
+        partial[(i64)blockIdx.x * C + c] = sum;
     }
 }

@@ -23,12 +23,18 @@ extern "C" __global__ void column_sums(
     }
 }
 
-// total[j] += the sum of partial[:, j].  Grid: a thread a column.
+// total[j] += the sum of partial[:, j].  Grid: a block has 32 columns, a thread every 32nd slice of one.
 extern "C" __global__ void add_slices(const wide* partial, wide* total, int slices, int J)
 {
-    for (EACH(j, J)) {
-        wide sum = 0;
-        for (int s = 0; s < slices; s++) sum += partial[(i64)s * J + j];
+    __shared__ wide sums[32][33];
+    const int j = blockIdx.x * 32 + threadIdx.x;
+    wide sum = 0;
+    if (j < J)
+        for (int s = threadIdx.y; s < slices; s += 32) sum += partial[(i64)s * J + j];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && j < J) {
+        for (int i = 1; i < 32; i++) sum += sums[i][threadIdx.x];
         total[j] += sum;
     }
 }

@@ -18,9 +18,6 @@ constexpr int PAD = 8;  // of a row in shared memory: the rows of a tile lie in 
 typedef unsigned u32;
 
 #ifndef EMULATED
-// Dynamic shared memory as `char* name`.
-#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
-
 __device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Four 8 x 8 tiles; lanes 0-7 give the rows of the first, 8-15 of the second, ...
@@ -71,6 +68,14 @@ __device__ inline float2 unpack(u32 both)
 #else
     return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000));
 #endif
+}
+
+// 2^x to about 22 bits; 0 for -inf
+__device__ inline float power_of_two(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // 16 bytes from global to shared memory without passing a register; zeros if not `there`.

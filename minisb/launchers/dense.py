@@ -5,21 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 from minisb.gpu import THREADS, Rows
-from minisb.launchers.grid import SLICES, contiguous, each, flat, int32, sliced_sum, warp_a_row, wide_type
+from minisb.launchers.grid import (
+    MULTIPROCESSORS, SLICES, WARPS, add_slices, contiguous, each, flat, int32, row_lanes, shared_rows, sliced_sum,
+    wide_type,
+)  # fmt: skip
+from minisb.ops import norm
 from minisb.ops.cross_entropy import IGNORE
 from minisb.ops.spike import VTH_MAX, VTH_MIN
 
 # --- norm
 
 ANY = np.empty(0, "float32")  # for a kernel that has no real in it
+NORM_SUMS = 60 << 10  # bytes of shared memory for the sums of a norm's weight gradient: even a T4 has them
 
 
 def rmsnorm_forward(be, x, w, eps):
-    x, w = contiguous(be, x, w)
-    rows, C = flat(x).shape
-    y, rstd = be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
-    be.launch("rmsnorm_forward", x, *warp_a_row(rows), x, w, y, rstd, rows, C, eps)
-    return y, (x, w, rstd)
+    _, y, saved = add_rmsnorm_forward(be, x, None, w, eps)
+    return y, saved
 
 
 def rmsnorm_backward(be, dy, saved, dw):
@@ -29,8 +31,10 @@ def rmsnorm_backward(be, dy, saved, dw):
 def add_rmsnorm_forward(be, x, delta, w, eps):
     x, delta, w = contiguous(be, x, delta, w)
     rows, C = flat(x).shape
-    z, y, rstd = be.xp.empty_like(x), be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
-    be.launch("add_rmsnorm_forward", x, *warp_a_row(rows), x, delta, w, z, y, rstd, rows, C, eps)
+    y, rstd = be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
+    z = None if delta is None else be.xp.empty_like(x)
+    be.launch("rmsnorm_forward", x, *shared_rows(rows), x, delta, w, z, y, rstd, rows, C, eps)
+    z = x if z is None else z
     return z, y, (z, w, rstd)
 
 
@@ -38,9 +42,16 @@ def add_rmsnorm_backward(be, dz, dy, saved, dw):
     x, w, rstd = saved
     dz, dy, x, rstd = contiguous(be, dz, dy, x, rstd)
     rows, C = flat(x).shape
-    dx = be.xp.empty_like(x)
-    be.launch("rmsnorm_backward", x, *warp_a_row(rows), dz, dy, x, w, rstd, dx, rows, C)
-    sliced_sum(be, "rmsnorm_backward_w", x, lambda partial: (dy, x, rstd, partial, rows, C), rows, C, dw)
+    # Every row that the warps of a block have at a time keeps a line of C sums: as many warps as that leaves room for.
+    line = C * rstd.itemsize * (32 // row_lanes(x, C))
+    warps = max(1, min(WARPS, NORM_SUMS // line))
+    if warps * line > NORM_SUMS:
+        return norm.add_rmsnorm_backward.reference(be, dz, dy, saved, dw)
+    blocks = min(-(-rows // warps), 4 * MULTIPROCESSORS)
+    dx, partial = be.xp.empty_like(x), be.xp.empty((blocks, C), wide_type(x))
+    shared = warps * line
+    be.launch("rmsnorm_backward", x, blocks, 32 * warps, dz, dy, x, w, rstd, dx, partial, rows, C, shared=shared)
+    add_slices(be, x, partial, dw)
     return dx
 
 
@@ -77,7 +88,7 @@ def spike_forward(be, x, k):
     (x,) = contiguous(be, x)
     rows, C = flat(x).shape
     x_hat, vth = be.xp.empty_like(x), be.xp.empty((*x.shape[:-1], 1), wide_type(x))
-    be.launch("spike_forward", x, *warp_a_row(rows), x, x_hat, vth, rows, C, k, VTH_MIN, VTH_MAX)
+    be.launch("spike_forward", x, *shared_rows(rows), x, x_hat, vth, rows, C, k, VTH_MIN, VTH_MAX)
     return x_hat, vth
 
 

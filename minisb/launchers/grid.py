@@ -20,6 +20,15 @@ def contiguous(be, *arrays):
     return [None if x is None else be.xp.ascontiguousarray(x) for x in arrays]
 
 
+def tensor_cores(be, q, shared: int) -> bool:
+    """Whether the kernels of a NAME_fast.cu are for heads like q's (...,D) and this GPU: sm_80 and later, and with
+    `shared` bytes of shared memory a block."""
+    target = getattr(be.device, "target", "sm_0")
+    if q.dtype.itemsize != 2 or q.shape[-1] not in (64, 128) or int(target.strip("sm_a")) < 80:
+        return False
+    return shared <= be.device.shared_bytes
+
+
 def flat(x):
     """(...,C) seen as a matrix of rows; a view."""
     return x.reshape(-1, x.shape[-1])
@@ -35,6 +44,19 @@ def warp_a_row(rows: int) -> tuple[int, int]:
     return -(-rows // WARPS), 32 * WARPS
 
 
+def shared_rows(rows: int) -> tuple[int, int]:
+    """Blocks and threads where lanes of a warp share a row and then take another (Row in cuda/common.cuh)."""
+    return min(-(-rows // WARPS), 8 * MULTIPROCESSORS), 32 * WARPS
+
+
+def row_lanes(x, C: int) -> int:
+    """How many lanes share a row of C elements of x, at least: with packs, which need the fewest."""
+    lanes, pack = 1, 16 // x.itemsize
+    while lanes < 32 and lanes * pack < C:
+        lanes *= 2
+    return lanes
+
+
 def each(be, name: str, like, count: int, *args):
     be.launch(name, like, blocks_for(count), THREADS, *args)
 
@@ -47,7 +69,13 @@ def sliced_sum(be, name: str, like, arrays, rows: int, columns: int, total):
     slices = -(-rows // rows_a_slice)
     partial = be.xp.empty((slices, columns), wide_type(like))
     be.launch(name, like, (tiles, slices), (32, 8), *arrays(partial), rows_a_slice)
-    each(be, "add_slices", like, columns, partial, total, slices, columns)
+    add_slices(be, like, partial, total)
+
+
+def add_slices(be, like, partial, total):
+    """total (C,) += the sum of partial (slices,C) over its lines."""
+    slices, C = partial.shape
+    be.launch("add_slices", like, -(-C // 32), (32, 32), partial, total, slices, C)
 
 
 def int32(be, tokens):
