@@ -9,16 +9,16 @@
 //             dq = scale ds k (added to the window's),  dk = scale ds^T q,  dv = p^T do
 //
 // Grid: forward and dq: a warp takes a row and walks the sinks.  dk, dv: a block takes a key head and a slice of the
-// tokens, a warp of it every WARPS-th sink, which it keeps; the slices are added by add_slices (reduce.cu).
+// tokens, a warp of it every WARPS-th sink, which it keeps; sum_slices adds the slices up in order.
 // Bytes: q, o (do, dq) once; keys and values from cache; dk and dv read a slice's q and do once a sink, from cache.
 
 constexpr int WARPS = 4, LANE_CHANNELS = 256 / 32;
 
-// A row of D channels, channel lane + 32 i in c[i]; zeros beyond D.
-struct Row {
+// One head's D channels, channel lane + 32 i in c[i]; zeros beyond D.
+struct Head {
     wide c[LANE_CHANNELS];
-    __device__ Row() {}
-    __device__ Row(const real* x, int D)
+    __device__ Head() {}
+    __device__ Head(const real* x, int D)
     {
 #pragma unroll
         for (int i = 0; i < LANE_CHANNELS; i++) c[i] = lane() + 32 * i < D ? (wide)x[lane() + 32 * i] : 0;
@@ -33,7 +33,7 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < LANE_CHANNELS; i++) c[i] *= by;
     }
-    __device__ void add(wide factor, const Row& x)
+    __device__ void add(wide factor, const Head& x)
     {
 #pragma unroll
         for (int i = 0; i < LANE_CHANNELS; i++) c[i] += factor * x.c[i];
@@ -47,7 +47,7 @@ struct Row {
     }
 };
 
-__device__ inline wide dot(const Row& a, const Row& b)
+__device__ inline wide dot(const Head& a, const Head& b)
 {
     wide sum = 0;
 #pragma unroll
@@ -63,23 +63,23 @@ extern "C" __global__ void sinks_forward(
     const i64 row = warp_number();
     if (row >= rows) return;
     const int g = row % H / (H / G);
-    const Row query(q + row * D, D);
-    Row sum;
+    const Head query(q + row * D, D);
+    Head sum;
     sum.clear();
     wide top = LOWEST, total = 0;
     if (before) {
-        sum = Row(before + row * D, D);
+        sum = Head(before + row * D, D);
         top = lse_before[row];
         total = 1;
     }
     for (int s = 0; s < S; s++) {
         const i64 at = ((i64)s * G + g) * D;
-        const wide score = scale * dot(query, Row(k + at, D));
+        const wide score = scale * dot(query, Head(k + at, D));
         const wide highest = score > top ? score : top, shrink = exp(top - highest), p = exp(score - highest);
         top = highest;
         total = total * shrink + p;
         sum.scale(shrink);
-        sum.add(p, Row(v + at, D));
+        sum.add(p, Head(v + at, D));
     }
     sum.scale(1 / total);
     sum.store(o + row * D, D);
@@ -94,16 +94,16 @@ extern "C" __global__ void sinks_backward_q(
     const i64 row = warp_number();
     if (row >= rows) return;
     const int g = row % H / (H / G);
-    const Row query(q + row * D, D), upstream(d_o + row * D, D);
-    Row sum;
+    const Head query(q + row * D, D), upstream(d_o + row * D, D);
+    Head sum;
     sum.clear();
     for (int s = 0; s < S; s++) {
         const i64 at = ((i64)s * G + g) * D;
-        const Row key(k + at, D);
+        const Head key(k + at, D);
         const wide p = exp(scale * dot(query, key) - lse[row]);
-        sum.add(scale * p * (dot(upstream, Row(v + at, D)) - delta[row]), key);
+        sum.add(scale * p * (dot(upstream, Head(v + at, D)) - delta[row]), key);
     }
-    if (add) sum.add(1, Row(dq + row * D, D));
+    if (add) sum.add(1, Head(dq + row * D, D));
     sum.store(dq + row * D, D);
 }
 
@@ -116,19 +116,29 @@ extern "C" __global__ void sinks_backward_kv(
     const int first = blockIdx.y * a_slice, end = first + a_slice < tokens ? first + a_slice : tokens;
     for (int s = threadIdx.x / 32; s < S; s += WARPS) {
         const i64 at = ((i64)s * G + g) * D, all = (i64)S * G * D;
-        const Row key(k + at, D), value(v + at, D);
-        Row dkey, dvalue;
+        const Head key(k + at, D), value(v + at, D);
+        Head dkey, dvalue;
         dkey.clear();
         dvalue.clear();
         for (int t = first; t < end; t++)
             for (int h = g * R; h < (g + 1) * R; h++) {
                 const i64 row = (i64)t * H + h;
-                const Row query(q + row * D, D), upstream(d_o + row * D, D);
+                const Head query(q + row * D, D), upstream(d_o + row * D, D);
                 const wide p = exp(scale * dot(query, key) - lse[row]);
                 dkey.add(scale * p * (dot(upstream, value) - delta[row]), query);
                 dvalue.add(p, upstream);
             }
         dkey.store(partial + blockIdx.y * 2 * all + at, D);
         dvalue.store(partial + (blockIdx.y * 2 + 1) * all + at, D);
+    }
+}
+
+// total (J,) = the sum of partial (slices,J) over the slices.  Grid: a thread a column.
+extern "C" __global__ void sum_slices(const wide* partial, wide* total, int slices, int J)
+{
+    for (EACH(j, J)) {
+        wide sum = 0;
+        for (int s = 0; s < slices; s++) sum += partial[(i64)s * J + j];
+        total[j] = sum;
     }
 }

@@ -7,8 +7,10 @@ from emulator import here, there
 from moe_cases import CASES
 from test_gpu_ops import assert_close, doubled, make, run
 
-from minisb import gradcheck
+from minisb import backend, gradcheck
 from minisb.backend import CudaBackend
+from minisb.ops import moe
+from minisb.ops.sinks import sinks_state_backward
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -75,3 +77,98 @@ def test_all_memory_is_written_and_bits_repeat(case, cuda, monkeypatch):
     for got, want in zip(run(case, cuda, cuda, x, upstream, grads), clean, strict=True):
         for key in want:
             assert got[key].tobytes() == want[key].tobytes(), key
+
+
+# --- what is particular to each -----------------------------------------------------------------
+
+
+def test_of_equal_experts_the_first_is_chosen(cuda):
+    logits = np.array([[1.0, 2, 2, 0, 2], [0, 0, 0, 0, 0], [3, 1, 1, 1, 1], [-np.inf, 1, -np.inf, -np.inf, 1]])
+    _, experts, *_ = moe.router_forward(cuda, there(cuda, logits), 3)
+    assert here(experts).tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 2], [1, 4, 0]]
+
+
+def test_a_token_that_is_not_finite_still_has_experts_and_shows(cuda):
+    logits = np.random.default_rng(0).standard_normal((3, 70)).astype(np.float32)
+    logits[1, 65] = np.nan
+    gates, experts, p, lse, _ = here(moe.router_forward(cuda, there(cuda, logits), 70)[:4]) + [None]
+    assert (
+        np.isnan(p).all(1).tolist() == np.isnan(lse).tolist() == np.isnan(gates).all(1).tolist() == [False, True, False]
+    )
+    assert (np.sort(experts) == np.arange(70)).all()
+    assert (experts[[0, 2]] == np.argsort(-logits, kind="stable")[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("tile, capacity", [(1, None), (4, None), (64, 5), (1, 1)])
+@pytest.mark.parametrize("N, E, K", [(1, 1, 1), (23, 5, 2), (700, 33, 3)])
+def test_the_plan_is_the_references(cuda, N, E, K, tile, capacity):
+    experts = np.argsort(np.random.default_rng(0).random((N, E)) * np.arange(1, E + 1), axis=1)[:, :K]
+    got = moe.dispatch_plan(cuda, there(cuda, experts), E, tile, capacity)
+    want = moe.dispatch_plan(backends()["numpy"], experts, E, tile, capacity)
+    for name in ("row", "token", "offsets"):
+        assert (here(getattr(got, name)) == getattr(want, name)).all(), name
+    assert (here(moe.load(cuda, there(cuda, experts), E)) == moe.load(backends()["numpy"], experts, E)).all()
+
+
+@pytest.mark.parametrize("N, E", [(1, 2), (300, 40)])
+def test_losses_of_the_router(cuda, N, E):
+    rng, be = np.random.default_rng(0), backends()["numpy"]
+    p, lse, counts = rng.random((N, E)), rng.standard_normal(N), rng.integers(1, 9, E)
+    for got, want in (
+        (moe.balance_loss(cuda, *there(cuda, [p, counts]), 0.7), moe.balance_loss(be, p, counts, 0.7)),
+        (moe.z_loss(cuda, there(cuda, lse), 0.3), moe.z_loss(be, lse, 0.3)),
+    ):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(here(a), b, rtol=1e-12)
+
+
+#: Rows of each expert, rows of the buffer, O, I.  More than one tile in every direction, experts without rows.
+PRODUCTS = [
+    ((0, 70, 0, 3, 129, 0), 230, 24, 136), ((1,), 1, 8, 8), ((0, 0), 5, 8, 16), ((64, 65), 129, 130, 40),
+]  # fmt: skip
+
+
+def products(be, counts, R, O, I, arrays):
+    """Forward into columns of a wider array, dx added and not, dw added."""
+    x, w, dy, dx, dw = there(be, arrays)
+    offsets = there(be, np.cumsum([0, *counts]))
+    wide = be.xp.full((R, O + 16), 7, x.dtype)
+    y = moe.grouped_forward(be, x, w, offsets, wide[:, 8:-8]).copy()
+    assert (here(wide)[:, :8] == 7).all() and (here(wide)[:, -8:] == 7).all()
+    wide[:, 8:-8] = dy
+    plain = moe.grouped_backward(be, wide[:, 8:-8], x, w, offsets, there(be, arrays[4]))
+    moe.grouped_backward(be, dy, x, w, offsets, dw, dx)
+    return here([y, moe.grouped_forward(be, x, w, offsets), plain, dx, dw])
+
+
+@pytest.mark.parametrize("counts, R, O, I", PRODUCTS)
+@pytest.mark.parametrize("element", ["float64", "bfloat16", "float16"])
+def test_one_product_per_expert(cuda, element, counts, R, O, I):
+    """Halves on tensor cores, where widths allow it: against float64 from the same rounded inputs."""
+    if element == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    dtype, wide = backend.element(element), "float64" if element == "float64" else "float32"
+    rng = np.random.default_rng(0)
+    shapes = (R, I), (len(counts), O, I), (R, O), (R, I), (len(counts), O, I)
+    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    arrays[4] = arrays[4].astype(wide)
+    exact = products(backends()["numpy"], counts, R, O, I, [a.astype(np.float64) for a in arrays])
+    for got, want in zip(products(cuda, counts, R, O, I, arrays), exact, strict=True):
+        error = np.linalg.norm(got.astype(np.float64) - want) / max(np.linalg.norm(want), 1)
+        assert error < (1e-13 if element == "float64" else 4e-3 if element == "bfloat16" else 5e-4)
+
+
+def test_the_fast_products_are_taken_where_they_fit(cuda, monkeypatch):
+    launched = []
+    kept = cuda.device.launch
+    monkeypatch.setattr(cuda.device, "launch", lambda name, *a, **k: (launched.append(name), kept(name, *a, **k)))
+    for O, I, half in ((8, 16, True), (8, 12, True), (8, 16, False)):
+        x, w = (there(cuda, np.ones(shape, np.float16 if half else np.float32)) for shape in ((3, I), (1, O, I)))
+        moe.grouped_forward(cuda, x, w, there(cuda, np.array([0, 3])))
+    assert launched == ["grouped_fast_forward", "grouped_forward", "grouped_forward"]
+
+
+def test_the_state_that_sinks_left_gets_every_sequences_gradient(cuda):
+    d = np.random.default_rng(0).standard_normal((5, 2, 6, 6))
+    got = sinks_state_backward(cuda, there(cuda, d))
+    np.testing.assert_allclose(here(got), d.sum(0, keepdims=True), rtol=1e-12)

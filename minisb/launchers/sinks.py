@@ -31,16 +31,15 @@ def sinks_backward(be, do, q, k, v, o, lse, scale=None, dq=None):
     slices = -(-tokens // a_slice)
     partial = be.xp.empty((slices, 2, *k.shape), wide_type(q))
     be.launch("sinks_backward_kv", q, (G, slices), 32 * WARPS, *inputs, partial, tokens, a_slice, *sizes)
-    dkv = be.xp.zeros((2, *k.shape), wide_type(q))
-    each(be, "add_slices", q, dkv.size, partial, dkv, slices, dkv.size)
+    dkv = be.xp.empty((2, *k.shape), wide_type(q))
+    each(be, "sum_slices", q, dkv.size, partial, dkv, slices, dkv.size)
     return dq, *(x.astype(k.dtype, copy=False) for x in dkv)
 
 
 def sinks_state_backward(be, dstate):
-    """add_slices takes the sequences for slices."""
     (dstate,) = contiguous(be, dstate)
-    total = be.xp.zeros((1, *dstate.shape[1:]), dstate.dtype)
-    each(be, "add_slices", dstate, total.size, dstate, total, len(dstate), total.size)
+    total = be.xp.empty((1, *dstate.shape[1:]), dstate.dtype)
+    each(be, "sum_slices", dstate, total.size, dstate, total, len(dstate), total.size)
     return total
 
 

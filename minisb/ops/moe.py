@@ -52,20 +52,22 @@ def router_backward(be, dgates, dp, dlse, saved):
     return p * (dp - (p * dp).sum(-1, keepdims=True) + dlse[:, None])
 
 
-def balance_loss(be, p, counts):
-    """E sum f_i P_i -> loss (a scalar), its gradient dp (E,), the same for each token.
+@op
+def balance_loss(be, p, counts, weight=1.0):
+    """E sum f_i P_i -> loss (a scalar), weight * its gradient dp (E,), the same for each token.
 
     counts (E,): slots that chose each expert; f_i = counts_i / sum, the share of expert i; P_i, the mean of p_i.
     1 where all are equal, up to E where one expert takes all.  f has no gradient: it pushes down the
     probabilities of experts that are chosen too often, d loss / d p_ni = E f_i / N.
     """
     f = (counts / counts.sum()).astype(p.dtype)
-    return p.shape[1] * (f * p.mean(0)).sum(), p.shape[1] / len(p) * f
+    return p.shape[1] * (f * p.mean(0)).sum(), weight * p.shape[1] / len(p) * f
 
 
-def z_loss(be, lse):
-    """mean(lse^2) -> loss (a scalar), its gradient dlse (N,).  Keeps logits from growing without bound."""
-    return (lse * lse).mean(), 2 / lse.size * lse
+@op
+def z_loss(be, lse, weight=1.0):
+    """mean(lse^2) -> loss (a scalar), weight * its gradient dlse (N,).  Keeps logits from growing without bound."""
+    return (lse * lse).mean(), weight * 2 / lse.size * lse
 
 
 # --- which row goes where -----------------------------------------------------------------------
@@ -116,6 +118,7 @@ def _starts(be, sizes):
     return xp.concatenate([xp.zeros(1, sizes.dtype), sizes.cumsum()])
 
 
+@op
 def load(be, experts, count):
     """experts (N,K) -> how many slots chose each expert, (count,)."""
     return (experts.reshape(-1)[:, None] == be.xp.arange(count)).sum(0)
