@@ -48,8 +48,12 @@ def parser() -> argparse.ArgumentParser:
     add("--spike-k", type=float, metavar="K", help="threshold = mean|x| / K: larger K, finer spikes (default: 3)")
     add("--spike-from", type=float, metavar="FRACTION",
         help="share of the steps after which spikes are on (default: 0.8)")  # fmt: skip
-    add("--capacity", type=float, metavar="X",
-        help="in training an expert takes X times its fair share of tokens at most, 0: all that come (default: 0)")
+    add(
+        "--capacity",
+        type=float,
+        metavar="X",
+        help="in training an expert takes X times its fair share of tokens at most, 0: all that come (default: 0)",
+    )
     add("--accumulate", type=int, metavar="N", help="batches in one update, as if B were N times larger (default: 1)")
     add("--threads", type=int, metavar="N", help="cores to use (default: all that this process may use)")
     add("--graph", choices=("on", "off"), help="record a step once and replay it; for GPUs (default: on there)")
@@ -79,9 +83,9 @@ def main(argv) -> int:
     data = load_tokens(settings.data, tokenizer)
     if args.resume:
         _note_changed_data(folder, data)
-        trainer = resume(folder, config, settings, be, data)
+        trainer = resume(folder, config, settings, be, data, args.graph != "off")
     else:
-        trainer = start(folder, config, settings, be, tokenizer, data)
+        trainer = start(folder, config, settings, be, tokenizer, data, args.graph != "off")
     _introduce(trainer)
 
     if not trainer.run():

@@ -6,6 +6,7 @@ hold a compiled twin of the same name and signature; where it has none, the refe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -59,6 +60,14 @@ class Backend:
     def use(self, name: str, function):
         """Swap in another implementation of one operation; lessons and tests do this."""
         self.natives[name] = function
+
+    def recorded(self, function):
+        """function(*arrays, **flags) as it is; on a GPU recorded after its first calls, then replayed (graph.py)."""
+        return function
+
+    def stream(self):
+        """`with be.stream():` whatever is launched inside can be recorded; on a CPU there is nothing to do."""
+        return contextlib.nullcontext()
 
     @staticmethod
     def wide(dtype):
@@ -120,6 +129,12 @@ class CudaBackend(Backend):
         self.gemm = device.gemm
         # bfloat16 has the range of float32, and multiplies on tensor cores from this generation on.
         self.activations = "bfloat16" if int(device.target.strip("sm_a")) >= 80 else "float16"
+
+    def recorded(self, function):
+        return self.device.recorded(function)
+
+    def stream(self):
+        return self.device.stream()
 
     def launch(self, kernel: str, like, blocks, threads, *args, **options):
         """Run a kernel in its version for arrays of the dtype of `like`; see gpu.Launcher.launch."""

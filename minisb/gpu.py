@@ -18,6 +18,7 @@ import numpy as np
 
 from minisb import backend, kernels
 from minisb.errors import MinisbError
+from minisb.graph import Recorded
 
 #: Threads of a block where a kernel has no reason for another number.
 THREADS = 256
@@ -147,6 +148,17 @@ class Gpu(Launcher):
         if array.data.device_id != self.device.id:
             raise MinisbError(f"an array lies on GPU {array.data.device_id}, the kernel runs on GPU {self.device.id}.")
         return array
+
+    def recorded(self, function):
+        return Recorded(self.cupy, function)
+
+    @contextlib.contextmanager
+    def stream(self):
+        """A stream of its own: the one that everybody shares cannot be recorded."""
+        self.device.synchronize()
+        with self.cupy.cuda.Stream(non_blocking=True) as stream:
+            yield
+            stream.synchronize()
 
     def describe(self) -> str:
         """Name, memory, architecture and CUDA version, for people."""

@@ -63,5 +63,6 @@ class LossScale:
             return
         xp, fine = self.xp, self.xp.isfinite(norm)
         grown = self.good + 1 >= self.GROWTH
-        self.value = xp.where(fine, xp.where(grown, 2 * self.value, self.value), xp.maximum(0.5 * self.value, 1.0))
-        self.good = xp.where(fine & ~grown, self.good + 1, 0.0)
+        # In place: a recorded step looks where the number was.
+        self.value[...] = xp.where(fine, xp.where(grown, 2 * self.value, self.value), xp.maximum(self.value / 2, 1.0))
+        self.good[...] = xp.where(fine & ~grown, self.good + 1, 0.0)

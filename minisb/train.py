@@ -79,12 +79,16 @@ class TrainSettings:
 class Trainer:
     """One run.  What counts is `model.store` (weights, moments) and `step`, the updates done."""
 
-    def __init__(self, folder, model: SpikingBrain, settings: TrainSettings, data: TokenData, step: int = 0):
+    def __init__(
+        self, folder, model: SpikingBrain, settings: TrainSettings, data: TokenData, step: int = 0, graph: bool = False
+    ):
+        """graph: on a GPU, record the work of a step and replay it."""
         self.folder, self.model, self.settings, self.data, self.step = Path(folder), model, settings, data, step
         self.first = self.saved = step  # where this process began, and what is on disk
         self.clock = Clock()
         self.logged = (step, 0.0)  # step and clock at the last record
         self.loss_scale = LossScale(model.be.xp, settings.dtype == "float16")
+        self.recorded = model.be.recorded(self._gradients) if graph else self._gradients
         self.loads = None  # of the experts in this step, where it is logged
         c = model.config
         for name, tokens in (("training", data.train), ("validation", data.val)):
@@ -120,7 +124,7 @@ class Trainer:
         steps = self.model.config.steps
         bar = tqdm(total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         # Overflow shows in the loss, which is checked; NumPy's warnings would only repeat it.
-        with bar, Interrupt() as interrupt, np.errstate(all="ignore"):
+        with bar, Interrupt() as interrupt, np.errstate(all="ignore"), self.model.be.stream():
             try:
                 finished = self._loop(steps, bar, interrupt)
             except MemoryError as error:
@@ -166,17 +170,20 @@ class Trainer:
         c, s = self.model.config, self.settings
         # One large batch in slices, so that accumulating N is the same step as a batch N times larger.
         x, y = batch(self.data.train, c.batch_size * s.accumulate, c.seq_len, s.seed, self.step)
-        asarray = self.model.be.xp.asarray
+        x, y = (self.model.be.xp.asarray(tokens) for tokens in (x, y))
         self.loads = Loads() if c.has_experts and self._logged(self.step + 1) else None
+        compute = self._gradients if self.loads else self.recorded  # what the tap sees is not recorded
+        return compute(x, y, spiking=self.spiking)
+
+    def _gradients(self, x, y, spiking: bool):
+        size, accumulate, scale = self.model.config.batch_size, self.settings.accumulate, self.loss_scale.value
         self.model.store.zero_grad()
         loss = 0.0
-        for start in range(0, len(x), c.batch_size):
-            rows = slice(start, start + c.batch_size)
-            part = self.model.loss_and_backward(
-                asarray(x[rows]), asarray(y[rows]), self.spiking, self.loss_scale.value / s.accumulate, self.loads
-            )
-            loss += part / s.accumulate
-        return loss, grad_norm(self.model.be, self.model.store.flat_g) / self.loss_scale.value
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = self.model.loss_and_backward(x[rows], y[rows], spiking, scale / accumulate, self.loads)
+            loss += part / accumulate
+        return loss, grad_norm(self.model.be, self.model.store.flat_g) / scale
 
     def save(self):
         checkpoint.save_state(self.folder, self.model.store, self.step)
@@ -242,11 +249,13 @@ class Trainer:
         }
 
 
-def start(folder, config: Config, settings: TrainSettings, be, tokenizer, data: TokenData) -> Trainer:
+def start(
+    folder, config: Config, settings: TrainSettings, be, tokenizer, data: TokenData, graph: bool = False
+) -> Trainer:
     """A new run in `folder`, which then holds a checkpoint of step 0."""
     store = _store(config, settings, be)
     store.initialise(settings.seed)
-    trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data)
+    trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, graph=graph)
     checkpoint.remove_stale(folder)
     tokenizer.save(Path(folder) / checkpoint.TOKENIZER)
     checkpoint.trim_log(folder, -1)
@@ -255,11 +264,11 @@ def start(folder, config: Config, settings: TrainSettings, be, tokenizer, data: 
     return trainer
 
 
-def resume(folder, config: Config, settings: TrainSettings, be, data: TokenData) -> Trainer:
+def resume(folder, config: Config, settings: TrainSettings, be, data: TokenData, graph: bool = False) -> Trainer:
     """The run in `folder`, as its last checkpoint left it.  Raises MinisbError if that is damaged."""
     store = _store(config, settings, be)
     step = checkpoint.load_state(folder, store)
-    trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, step)
+    trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, step, graph)
     checkpoint.remove_stale(folder)
     checkpoint.trim_log(folder, step)
     return trainer

@@ -38,8 +38,8 @@ def mixed_model(config, be, name: str) -> SpikingBrain:
 @pytest.mark.parametrize("head_dim", [None, 64], ids=["plain", "tensor cores"])
 def test_loss_and_gradient_follow_float32(cuda, name, head_dim):
     """The whole model, by plain kernels, and with heads that the kernels on tensor cores take."""
-    config = replace(TINY, head_dim=head_dim) if head_dim else TINY
-    tokens, targets = batch(config, T=70 if head_dim else 21)
+    config = replace(TINY, head_dim=head_dim, layers=2, mixers=("gla", "window")) if head_dim else TINY
+    tokens, targets = batch(config, T=66 if head_dim else 21)
     expected, model = model_of(config, backends()["numpy"]), mixed_model(config, cuda, name)
     want = expected.loss_and_backward(tokens, targets)
     got = model.loss_and_backward(cuda.xp.asarray(tokens), cuda.xp.asarray(targets), scale=64.0)
@@ -138,3 +138,28 @@ def test_the_norm_of_a_gradient_is_told_without_the_scale(cuda, tmp_path):
         norms.append(float(trainer.gradients()[1]))
         assert float(grad_norm(cuda, trainer.model.store.flat_g)) == pytest.approx(norms[-1] * 2**power)
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+# --- a recorded step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*HALVES, "float32"])
+@pytest.mark.parametrize("spike_from", [1.0, 0.5])
+def test_recorded_steps_give_the_bits_of_launched_ones(name, spike_from, tmp_path):
+    from minisb.backend import choose
+
+    be = choose("cuda")[0]
+    config = replace(tiny_run.Tiny(), steps=12)
+    text = np.random.default_rng(0).integers(0, 300, 900, np.uint16)
+    data, found = TokenData(text[:800], text[800:], 800, 100), []
+    for graph in (False, True):
+        folder = tmp_path / str(graph)
+        folder.mkdir()
+        settings = TrainSettings(log_every=5, eval_every=12, spike_from=spike_from, dtype=name, accumulate=2)
+        trainer = Trainer(folder, mixed_model(config, be, name), settings, data, graph=graph)
+        assert trainer.run()
+        found.append(here(trainer.model.store.flat_p))
+    takes = trainer.recorded.takes
+    assert len(takes) == (1 if spike_from == 1 else 2) and all(take.graph for take in takes.values())
+    assert (found[0] == found[1]).all()

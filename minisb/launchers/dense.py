@@ -6,7 +6,17 @@ import numpy as np
 
 from minisb.gpu import THREADS, Rows
 from minisb.launchers.grid import (
-    MULTIPROCESSORS, SLICES, WARPS, add_slices, contiguous, each, flat, int32, row_lanes, shared_rows, sliced_sum,
+    MULTIPROCESSORS,
+    SLICES,
+    WARPS,
+    add_slices,
+    contiguous,
+    each,
+    flat,
+    int32,
+    row_lanes,
+    shared_rows,
+    sliced_sum,
     wide_type,
 )  # fmt: skip
 from minisb.ops import norm
