@@ -16,6 +16,8 @@
 #endif
 
 typedef long long i64;
+typedef signed char int8;
+typedef short int16;
 
 // bfloat16 is the upper half of a float: stored so on every architecture, also where no instruction knows it.
 struct bf16 {

@@ -104,7 +104,7 @@ def _dtype(declared: str, element: str, array: bool):
     """What a declared type is for arrays of dtype `element`: a dtype, or for numbers a scalar type."""
     wide = "float64" if element == "float64" else "float32"
     found = {"real": element, "wide": wide, "int": "int32", "i64": "int64", "float": "float32", "double": "float64"}
-    name = found[declared]
+    name = found.get(declared, declared)  # int8 and int16 are what they say
     return backend.element(name) if array else np.dtype(name).type
 
 

@@ -60,6 +60,18 @@ struct float4 {
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+struct int4 {
+    int x, y, z, w;
+};
+inline int __dp4a(int a, int b, int sum)
+{
+    for (int i = 0; i < 32; i += 8) sum += (int)(signed char)(a >> i) * (signed char)(b >> i);
+    return sum;
+}
+// This compiler fuses no product with its sum, so that these are no more than they say.
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 
 namespace emulator {
 

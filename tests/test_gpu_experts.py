@@ -1,16 +1,27 @@
 """The 76B's kernels against the reference, and the whole layout on the CUDA backend: on a GPU and in emulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import backends
 from emulator import here, there
 from moe_cases import CASES
+from test_gpu_model import model_of
 from test_gpu_ops import assert_close, doubled, make, run
 
 from minisb import backend, gradcheck
 from minisb.backend import CudaBackend
+from minisb.config import preset
+from minisb.experts import Loads
+from minisb.gradcheck import relative_rms
+from minisb.model import SpikingBrain, specs
 from minisb.ops import moe
+from minisb.ops.adamw import grad_norm
 from minisb.ops.sinks import sinks_state_backward
+from minisb.optim import update
+from minisb.params import ParamStore
+from minisb.train import TrainSettings
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -172,3 +183,85 @@ def test_the_state_that_sinks_left_gets_every_sequences_gradient(cuda):
     d = np.random.default_rng(0).standard_normal((5, 2, 6, 6))
     got = sinks_state_backward(cuda, there(cuda, d))
     np.testing.assert_allclose(here(got), d.sum(0, keepdims=True), rtol=1e-12)
+
+
+# --- the whole layout ---------------------------------------------------------------------------
+
+TINY = preset("76b-tiny", vocab=37, window=8)
+
+
+class Natives(dict):
+    """A backend's twins, and the names of operations that have none and were wanted."""
+
+    def __init__(self, natives):
+        super().__init__(natives)
+        self.missed = set()
+
+    def get(self, name, default=None):
+        if name not in self:
+            self.missed.add(name)
+        return super().get(name, default)
+
+
+def texts(be, config, B=2, T=21):
+    tokens = np.random.default_rng(2).integers(0, config.vocab, (B, T))
+    return be.xp.asarray(tokens[:, :-1]), be.xp.asarray(tokens[:, 1:])
+
+
+def one_step(be, config, dtype, spike):
+    """-> the loss of a step, its gradient and the weights after it."""
+    model = model_of(config, be, dtype, noise=0.1)
+    loss = model.loss_and_backward(*texts(be, config), spike)
+    update(be, model.store, 1, 1e-3, grad_norm(be, model.store.flat_g), TrainSettings())
+    return float(loss), here(model.store.flat_g), here(model.store.flat_p)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shared_projections": True, "gate": "low_rank", "gate_rank": 3},
+        {"top_k": 2, "shared_experts": 0, "capacity": 0.75},
+    ],
+    ids=lambda changes: ",".join(changes) or "76b",
+)
+def test_a_training_step_is_the_cpus_and_every_operation_has_its_kernel(cuda, changes, monkeypatch):
+    config = replace(TINY, **changes)
+    monkeypatch.setattr(cuda, "natives", Natives(cuda.natives))
+    for dtype, limit, spike in ((np.float32, 1e-5, False), (np.float64, 1e-10, True)):
+        want, got = (one_step(be, config, dtype, spike) for be in (backends()["numpy"], cuda))
+        assert got[0] == pytest.approx(want[0], rel=limit)
+        assert relative_rms(got[1], want[1]) < limit and relative_rms(got[2], want[2]) < limit
+    assert not cuda.natives.missed
+
+
+def test_prefill_and_steps_are_the_cpus(cuda):
+    tokens, _ = texts(cuda, TINY, T=25)
+    want = here(model_of(TINY, backends()["numpy"], np.float64, noise=0.1).forward(here(tokens)))
+    model = model_of(TINY, cuda, np.float64, noise=0.1)
+    assert relative_rms(here(model.forward(tokens)), want) < 1e-11
+    state = model.new_state(2)
+    assert relative_rms(here(model.prefill(tokens[:, :9], state)), want[:, 8]) < 1e-11
+    for t in range(9, 24):
+        assert relative_rms(here(model.step(tokens[:, t], state)), want[:, t]) < 1e-11, t
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_halves_follow_float32(cuda, name):
+    if name == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    want = model_of(TINY, backends()["numpy"])
+    store = ParamStore(specs(TINY), cuda.xp, optimizer=True, activations=backend.element(name))
+    store.initialise(0)
+    got = SpikingBrain(TINY, cuda, store)
+    loss = want.loss_and_backward(*texts(backends()["numpy"], TINY))
+    assert float(got.loss_and_backward(*texts(cuda, TINY), scale=64.0)) == pytest.approx(float(loss), rel=3e-3)
+    assert relative_rms(here(store.flat_g) / 64, want.store.flat_g) < (0.1 if name == "bfloat16" else 0.02)
+
+
+def test_the_log_of_a_step_reads_the_loads(cuda):
+    loads, model = Loads(), model_of(TINY, cuda, noise=0.1)
+    model.loss_and_backward(*texts(cuda, TINY), tap=loads)
+    record = loads.record()
+    assert record["dropped"] == 0 and 0 < record["router_entropy"] < 1.4
+    assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in record["expert_load"].values())

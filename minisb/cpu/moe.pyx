@@ -37,7 +37,7 @@ def router_forward(be, logits, top_k):
         _route[float](be.threads, logits, p, lse, gates, experts)
     else:
         _route[double](be.threads, logits, p, lse, gates, experts)
-    return gates, experts, p, lse, (experts, p)
+    return gates, experts, p, lse, (experts, p, logits.dtype)
 
 
 cdef _route(int threads, const real[:, ::1] logits, real[:, ::1] p, real[::1] lse, real[:, ::1] gates,
@@ -75,7 +75,7 @@ cdef inline bint _among(int64_t e, const int64_t* experts, int64_t k) noexcept n
 
 
 def router_backward(be, dgates, dp, dlse, saved):
-    experts, p = saved
+    experts, p, _ = saved
     p, dgates, dlse = np.ascontiguousarray(p), np.ascontiguousarray(dgates), np.ascontiguousarray(dlse)
     dp = np.array(np.broadcast_to(dp, p.shape), p.dtype, order="C")  # written over
     if p.dtype == np.float32:

@@ -26,16 +26,16 @@ def router_forward(be, logits, top_k):
     gates, experts = be.xp.empty((N, top_k), wide), be.xp.empty((N, top_k), "int32")
     p, lse = be.xp.empty((N, E), wide), be.xp.empty(N, wide)
     be.launch("router_forward", logits, *warp_a_row(N), logits, gates, experts, p, lse, N, E, top_k)
-    return gates, experts, p, lse, (experts, p)
+    return gates, experts, p, lse, (experts, p, logits.dtype)
 
 
 def router_backward(be, dgates, dp, dlse, saved):
-    experts, p = saved
+    experts, p, dtype = saved
     dgates, dp, dlse, p = contiguous(be, dgates, dp, dlse, p)
     (N, E), K, step = p.shape, dgates.shape[1], p.shape[1] if dp.ndim == 2 else 0
-    dlogits = be.xp.empty_like(p)
+    dlogits = be.xp.empty((N, E), dtype)
     inputs = dgates, dp, dlse, int32(be, experts), p
-    be.launch("router_backward", p, *warp_a_row(N), *inputs, dlogits, N, E, K, step)
+    be.launch("router_backward", dlogits, *warp_a_row(N), *inputs, dlogits, N, E, K, step)
     return dlogits
 
 

@@ -24,7 +24,7 @@ def router_forward(be, logits, top_k):
     """logits (N,E) -> gates (N,K), experts (N,K) integers, p (N,E), lse (N,), saved.
 
     The K largest logits, largest first; of equal ones the expert with the lowest index.  lse is the
-    logarithm of the softmax's denominator.  saved: experts, p.
+    logarithm of the softmax's denominator.  saved: experts, p, the type of logits (p may be wider).
     """
     xp = be.xp
     top = logits.max(-1, keepdims=True)
@@ -33,7 +33,7 @@ def router_forward(be, logits, top_k):
     p = e / total
     experts = xp.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
     gates = xp.take_along_axis(p, experts, axis=-1)
-    return gates, experts, p, (top + xp.log(total))[:, 0], (experts, p)
+    return gates, experts, p, (top + xp.log(total))[:, 0], (experts, p, logits.dtype)
 
 
 @op
@@ -45,11 +45,11 @@ def router_backward(be, dgates, dp, dlse, saved):
         dlogits = p * (dp - sum(p * dp)) + dlse * p
     """
     xp = be.xp
-    experts, p = saved
+    experts, p, dtype = saved
     dp = xp.broadcast_to(dp, p.shape).copy()
     rows = xp.arange(len(p))[:, None]
     dp[rows, experts] += dgates  # the K experts of a token differ: no entry twice
-    return p * (dp - (p * dp).sum(-1, keepdims=True) + dlse[:, None])
+    return (p * (dp - (p * dp).sum(-1, keepdims=True) + dlse[:, None])).astype(dtype, copy=False)
 
 
 @op

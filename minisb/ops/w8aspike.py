@@ -93,6 +93,12 @@ def row_counts(x, k):
 
 
 @op
+def count_spikes(be, x, k):
+    """x (N,C) fp32 -> counts int32 (N,C), vth (N,1), as row_counts."""
+    return row_counts(x, k)
+
+
+@op
 def spike_int8(be, x, k):
     """x (N,C) fp32 -> s int8 (N,C) in [-127, 127], vth (N,1), rest (token, channel, value).
 
@@ -133,6 +139,7 @@ def w8aspike_linear(be, x, w8, scales, k, b=None):
     return y.reshape(*x.shape[:-1], O)
 
 
+@op
 def w8aspike_grouped(be, x, w8, scales, k, offsets):
     """Experts: x (R,I) fp32, rows by expert, w8 int8 (E,O,I), scales (E,O,groups) -> y (R,O).
 
@@ -142,6 +149,12 @@ def w8aspike_grouped(be, x, w8, scales, k, offsets):
     for e, rows in pieces(offsets):
         y[rows] = w8aspike_linear(be, x[rows], w8[e], scales[e], k)
     return y
+
+
+@op
+def embedding_int8(be, tokens, w8, scales):
+    """Rows of an int8 table: tokens (...), w8 (V,C), scales (V,1) -> x (...,C) fp32."""
+    return w8[tokens] * scales[tokens]
 
 
 # --- attention on int8 keys and values ----------------------------------------------------------

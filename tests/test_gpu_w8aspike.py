@@ -1,0 +1,101 @@
+"""W8ASpike's kernels: the CPU's bits, on a GPU and in emulation."""
+
+import numpy as np
+import pytest
+from conftest import backends
+from emulator import here, there
+from test_w8aspike import SIZES, assert_same_bits, heads, heavy, normal
+
+from minisb.gradcheck import relative_rms
+from minisb.ops import w8aspike as ops
+
+NUMPY = backends()["numpy"]
+
+
+@pytest.mark.parametrize("group", [128, None])
+@pytest.mark.parametrize("N", [1, 6, 70])
+def test_the_product_has_the_cpus_bits(cuda, N, group):
+    """Odd widths, counts far beyond int8, a bias; few tokens and many."""
+    for seed, (O, I) in enumerate(SIZES):
+        if cuda.xp is np and N * O * I > 1 << 19:
+            continue
+        w8, scales = ops.quantize_weight(normal(seed, O, I), group)
+        x, b = heavy(seed + 50, N, I), normal(seed, O) if seed % 2 else None
+        got = ops.w8aspike_linear(cuda, *there(cuda, [x, w8, scales]), 3.0, None if b is None else there(cuda, b))
+        assert_same_bits(here(got), ops.w8aspike_linear(NUMPY, x, w8, scales, 3.0, b))
+
+
+@pytest.mark.parametrize("group", [128, None])
+@pytest.mark.parametrize("counts, R", [((0, 3, 0, 5, 1), 12), ((70, 0, 2), 80), ((0,), 3)])
+def test_one_product_per_expert_has_the_cpus_bits(cuda, counts, R, group):
+    E, O, I, offsets = len(counts), 70, 144, np.cumsum([0, *counts])
+    matrices = [ops.quantize_weight(normal(e, O, I), group) for e in range(E)]
+    w8, scales = (np.stack(parts) for parts in zip(*matrices, strict=True))
+    x = heavy(9, R, I)
+    got = ops.w8aspike_grouped(cuda, *there(cuda, [x, w8, scales]), 3.0, there(cuda, offsets))
+    assert_same_bits(here(got), ops.w8aspike_grouped(NUMPY, x, w8, scales, 3.0, offsets))
+
+
+def test_counts_and_what_int8_cannot_hold(cuda):
+    x = np.concatenate([heavy(2, 9, 300), np.zeros((1, 300), np.float32), np.full((1, 300), 3e38, np.float32)])
+    x[3, 5], x[4, 7] = np.nan, np.inf
+    got, want = ops.spike_int8(cuda, there(cuda, x), 3.0), ops.spike_int8(NUMPY, x, 3.0)
+    for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+        assert_same_bits(here(a), b)
+    for a, b in zip(ops.count_spikes(cuda, there(cuda, x), 2.5), ops.count_spikes(NUMPY, x, 2.5), strict=True):
+        assert_same_bits(here(a), b)
+
+
+def test_extreme_integers(cuda):
+    w8, scales = np.full((3, 512), -127, np.int8), np.ones((3, 4), np.float32)
+    w8[1] = 127
+    for top in (126, 1e5):  # the second: every count far beyond int8
+        x = np.full((1, 512), top, np.float32)
+        x[0, ::7] = -top
+        got = ops.w8aspike_linear(cuda, *there(cuda, [x, w8, scales]), min(top, 1e5))
+        assert_same_bits(here(got), ops.w8aspike_linear(NUMPY, x, w8, scales, min(top, 1e5)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_token_that_is_not_finite_shows_and_spoils_no_other(cuda, bad):
+    w8, scales = ops.quantize_weight(normal(0, 5, 130))
+    x = normal(1, 3, 130)
+    clean = ops.w8aspike_linear(NUMPY, x, w8, scales, 3.0)
+    x[1, 7] = bad
+    y = here(ops.w8aspike_linear(cuda, *there(cuda, [x, w8, scales]), 3.0))
+    assert np.isnan(y[1]).all()
+    assert_same_bits(y[[0, 2]], clean[[0, 2]])
+
+
+def test_no_tokens(cuda):
+    w8, scales = there(cuda, list(ops.quantize_weight(normal(0, 5, 130))))
+    assert ops.w8aspike_linear(cuda, cuda.xp.empty((2, 0, 130), "float32"), w8, scales, 3.0).shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("name", ["numpy", "cuda"])
+def test_each_token_of_an_int8_table_has_its_own_scale(cuda, name):
+    be = cuda if name == "cuda" else NUMPY
+    w = normal(0, 11, 7) * np.logspace(-3, 3, 11, dtype=np.float32)[:, None]
+    w8, scales = ops.quantize_weight(w, None)
+    tokens = np.array([[1, 2, 10], [0, 0, 5]])
+    got = here(ops.embedding_int8(be, *there(be, [tokens, w8, scales])))
+    assert_same_bits(got, w8[tokens] * scales[tokens])
+    assert relative_rms(got[0, 0], w[1]) < 0.01 and relative_rms(got[0, 2], w[10]) < 0.01
+
+
+def test_heads_have_the_cpus_bits(cuda):
+    for D in (2, 20, 96):
+        q, k, v = heads(3, T=4, D=D)
+        k[0, 0, 0], v[0, 1, 1, 0], q[0, 2, 1, 1] = 0, np.nan, np.inf
+        got = ops.code_heads(cuda, *there(cuda, [q, k, v]), 2.5)
+        for a, b in zip(got, ops.code_heads(NUMPY, q, k, v, 2.5), strict=True):
+            assert_same_bits(here(a), b)
+
+
+@pytest.mark.parametrize("count, D", [(1, 20), (7, 64), (41, 6), (50, 130)])
+def test_a_decoding_step(cuda, count, D):
+    q, k, v = heads(4, T=50, D=D)
+    coded = ops.code_heads(NUMPY, q, k, v, 3.0)
+    arguments = coded[0][:, :1].copy(), coded[1][:, :1].copy(), *coded[2:]
+    got = ops.attention_step_int8(cuda, *there(cuda, list(arguments)), count)
+    assert relative_rms(here(got), ops.attention_step_int8(NUMPY, *arguments, count)) < 1e-6
