@@ -31,7 +31,7 @@ from minisb.config import Config
 from minisb.errors import MinisbError
 from minisb.model import SpikingBrain, specs
 from minisb.ops.w8aspike import GROUP
-from minisb.quantized import QuantizedStore, empty_tensors, input_names, store_of
+from minisb.quantized import QuantizedStore, empty_tensors, float_routers, input_names, store_of
 from minisb.tokenizer import Tokenizer
 
 FORMAT = 1  # raise it when the files of a run change their meaning
@@ -166,7 +166,8 @@ def _load_quantized(folder, settings: dict) -> QuantizedStore:
     fits = isinstance(k, dict) and all(isinstance(k.get(n), int | float) and k[n] > 0 for n in inputs)
     if group not in (GROUP, "row") or not fits:
         raise MinisbError(f"{path} is damaged: its quantised section gives no group of {GROUP} or row, or no k.")
-    tensors = empty_tensors(everything, GROUP if group == GROUP else None, bool(found.get("embedding")))
+    size, left = GROUP if group == GROUP else None, float_routers(settings["model"])
+    tensors = empty_tensors(everything, size, bool(found.get("embedding")), left)
     _load_tensors(Path(folder) / WEIGHTS, tensors, np, exact=True)
     return store_of(tensors, k)
 

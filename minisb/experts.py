@@ -2,7 +2,8 @@
 
     y = shared(x) + sum over the K chosen experts of p_i E_i(x)
 
-Every expert is a SwiGLU of width F; the matrices of all E stand in one tensor (E,O,I).
+Every expert is a SwiGLU of width F; the matrices of all E stand in one tensor (E,O,I).  MixtureOfExperts is the layer,
+Experts are the routed ones in it, QuantizedExperts the same in int8.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from minisb.ops.moe import (
 from minisb.ops.spike import spike_count, spike_forward
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward
 from minisb.params import ParamStore, Spec
+from minisb.quantized import GATE_UP, QuantizedStore, input_name, tap_counts
 
 ROUTER_STD = 1e-3  # near zero, so that all experts begin alike; never zero: of equals the first would take all
 
@@ -55,7 +57,7 @@ class Loads:
 
 
 class MixtureOfExperts:
-    """Routed experts and shared ones.
+    """Router, routed experts and shared ones.
 
     The tap sees layers.N.moe.load (E,), how many slots chose each expert, .entropy, the mean entropy of p in nats,
     .dropped, slots over the capacity, and the two losses, .balance_loss and .z_loss; for a text, not for sinks.
@@ -73,8 +75,8 @@ class MixtureOfExperts:
     def __init__(self, c: Config, store: ParamStore, prefix: str):
         self.c, self.prefix, self.layer = c, prefix, int(prefix.split(".")[1])
         self.router = projections(store, prefix, {"router": "router.weight"})
-        names = [f"{prefix}.experts.{name}_proj.weight" for name in ("gate", "up", "down")]
-        (self.gate, self.dgate), (self.up, self.dup), (self.down, self.ddown) = (store.rows([n]) for n in names)
+        kind = QuantizedExperts if isinstance(store, QuantizedStore) else Experts
+        self.experts = kind(c, store, f"{prefix}.experts")
         self.shared = SwiGLU(c, store, f"{prefix}.shared") if c.shared_experts else None
 
     def forward(self, ctx: Context, x):
@@ -84,35 +86,18 @@ class MixtureOfExperts:
         gates, experts, p, lse, s_gates = router_forward(be, logits.reshape(-1, c.experts), c.top_k)
         plan = dispatch_plan(be, experts, c.experts, capacity=self._capacity(ctx, len(p)))
         dlosses = self._losses(ctx, experts, p, lse, plan)
-
-        tokens = x.reshape(-1, c.width)
-        read = self._read(ctx, tokens, ("gate", "up"))
-        rows = {name: dispatch_forward(be, part, plan) for name, part in read.items()}
-        gate_up = be.xp.empty((len(plan.token), 2 * c.ffn), x.dtype)
-        x_gate, x_up = rows["gate"], rows.get("up", rows["gate"])
-        grouped_forward(be, x_gate, self.gate, plan.offsets, gate_up[:, : c.ffn])
-        grouped_forward(be, x_up, self.up, plan.offsets, gate_up[:, c.ffn :])
-        h, s_swiglu = swiglu_forward(be, gate_up)
-        h = self._read(ctx, h, ("down",))["down"]
-        out = grouped_forward(be, h, self.down, plan.offsets)
-
+        out, s_experts = self.experts.forward(ctx, x.reshape(-1, c.width), plan)
         y, s_shared = self.shared.forward(ctx, x) if self.shared else (None, None)
         y, s_combine = combine_forward(be, out, gates, plan, None if y is None else y.reshape(-1, c.width))
-        saved = s_router, s_gates, dlosses, plan, x_gate, x_up, s_swiglu, h, s_combine, s_shared
-        return y.reshape(x.shape), saved
+        return y.reshape(x.shape), (s_router, s_gates, dlosses, s_experts, s_combine, s_shared)
 
     def backward(self, be, dy, saved):
         """dy (B,T,C) -> dx (B,T,C): through the shared experts, the routed ones, and the gate values."""
-        s_router, s_gates, dlosses, plan, x_gate, x_up, s_swiglu, h, s_combine, s_shared = saved
-        F = self.c.ffn
-        drows, dgates = combine_backward(be, dy.reshape(-1, dy.shape[-1]), s_combine)
-        dh = grouped_backward(be, drows, h, self.down, plan.offsets, self.ddown)
-        dgate_up = swiglu_backward(be, dh, s_swiglu)
-        drows = grouped_backward(be, dgate_up[:, :F], x_gate, self.gate, plan.offsets, self.dgate)
-        grouped_backward(be, dgate_up[:, F:], x_up, self.up, plan.offsets, self.dup, drows)
+        s_router, s_gates, dlosses, s_experts, s_combine, s_shared = saved
+        dout, dgates = combine_backward(be, dy.reshape(-1, dy.shape[-1]), s_combine)
         dlogits = router_backward(be, dgates, *dlosses, s_gates)
         dx = self.router.backward(be, dlogits.reshape(*dy.shape[:-1], -1), s_router)
-        dx += dispatch_backward(be, drows, plan).reshape(dx.shape)
+        dx += self.experts.backward(be, dout, s_experts).reshape(dx.shape)
         return dx + self.shared.backward(be, dy, s_shared) if self.shared else dx
 
     def _capacity(self, ctx: Context, tokens: int) -> int | None:
@@ -138,8 +123,41 @@ class MixtureOfExperts:
         scale = ctx.aux or 0.0
         return scale * c.balance_weight * dp, scale * c.z_weight * dlse
 
+
+class Experts:
+    """E networks, each for the tokens that were routed to it.  Rows stand in a buffer sorted by expert (ops/moe.py)."""
+
+    def __init__(self, c: Config, store: ParamStore, prefix: str):
+        self.c, self.prefix, self.layer = c, prefix, int(prefix.split(".")[1])
+        names = [f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down")]
+        (self.gate, self.dgate), (self.up, self.dup), (self.down, self.ddown) = (store.rows([n]) for n in names)
+
+    def forward(self, ctx: Context, x, plan):
+        """x (N,C), tokens -> out (R,C), rows by expert, saved."""
+        be, F = ctx.be, self.c.ffn
+        rows = {name: dispatch_forward(be, part, plan) for name, part in self._read(ctx, x, GATE_UP).items()}
+        x_gate, x_up = rows["gate"], rows.get("up", rows["gate"])
+        self._show(ctx, x_gate, GATE_UP)
+        gate_up = be.xp.empty((len(plan.token), 2 * F), x.dtype)
+        grouped_forward(be, x_gate, self.gate, plan.offsets, gate_up[:, :F])
+        grouped_forward(be, x_up, self.up, plan.offsets, gate_up[:, F:])
+        h, s_swiglu = swiglu_forward(be, gate_up)
+        self._show(ctx, h, ("down",))
+        h = self._read(ctx, h, ("down",))["down"]
+        return grouped_forward(be, h, self.down, plan.offsets), (plan, x_gate, x_up, s_swiglu, h)
+
+    def backward(self, be, dout, saved):
+        """dout (R,C) -> dx (N,C)."""
+        plan, x_gate, x_up, s_swiglu, h = saved
+        F = self.c.ffn
+        dh = grouped_backward(be, dout, h, self.down, plan.offsets, self.ddown)
+        dgate_up = swiglu_backward(be, dh, s_swiglu)
+        drows = grouped_backward(be, dgate_up[:, :F], x_gate, self.gate, plan.offsets, self.dgate)
+        grouped_backward(be, dgate_up[:, F:], x_up, self.up, plan.offsets, self.dup, drows)
+        return dispatch_backward(be, drows, plan)
+
     def _read(self, ctx: Context, x, names):
-        """What the projections `names` of the experts read of x (N,I): spikes or floats, once for equal ones.
+        """What the projections `names` read of x (N,I): spikes or floats, once for equal ones.
 
         As in Projections, those that spike share one threshold a token; a token is coded before it is dispatched.
         """
@@ -149,7 +167,31 @@ class MixtureOfExperts:
         x_hat, vth = spike_forward(ctx.be, x, ctx.spike_k)
         if ctx.tap:
             for name in spiking:
-                ctx.tap(f"{self.prefix}.experts.{name}.count", spike_count(ctx.be, x_hat, vth))
+                ctx.tap(f"{self.prefix}.{name}.count", spike_count(ctx.be, x_hat, vth))
         if len(spiking) == len(names):
             return {names[0]: x_hat}
         return {name: x_hat if name in spiking else x for name in names}
+
+    def _show(self, ctx: Context, rows, names):
+        """The tap sees what float projections read, rows by expert: how many each has, it has seen as the load."""
+        if ctx.tap and not ctx.spikes[self.layer].intersection(names):
+            ctx.tap(f"{input_name(self.prefix, names)}.input", rows)
+
+
+class QuantizedExperts:
+    """Experts in int8, which read spikes, always."""
+
+    def __init__(self, c: Config, store: QuantizedStore, prefix: str):
+        self.prefix = prefix
+        names = [f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down")]
+        self.gate_up = store.stacked(names[:2], store.k[input_name(prefix, GATE_UP)])
+        self.down = store.stacked(names[2:], store.k[input_name(prefix, ("down",))])
+
+    def forward(self, ctx: Context, x, plan):
+        """x (N,C), tokens -> out (R,C), rows by expert, None: there is no way back."""
+        be = ctx.be
+        h, _ = swiglu_forward(be, self.gate_up.by_expert(be, dispatch_forward(be, x, plan), plan.offsets))
+        if ctx.tap:
+            tap_counts(ctx, self.prefix, GATE_UP, x, self.gate_up.k)
+            tap_counts(ctx, self.prefix, ("down",), h, self.down.k)
+        return self.down.by_expert(be, h, plan.offsets), None

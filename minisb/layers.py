@@ -31,7 +31,7 @@ from minisb.ops.rope import rope_backward, rope_forward
 from minisb.ops.sinks import sinks_backward, sinks_forward, sinks_state_backward
 from minisb.ops.spike import spike_count, spike_forward
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward
-from minisb.ops.w8aspike import attention_step_int8, code_heads, decode_heads
+from minisb.ops.w8aspike import attention_step_int8, code_heads, decode_heads, decode_pair
 from minisb.params import ParamStore, Spec
 from minisb.quantized import QuantizedProjections, QuantizedStore, input_name
 from minisb.state import GLAState, Int8KeyValueCache, KeyValueCache
@@ -111,9 +111,9 @@ class Projections:
 
 
 def projections(store, prefix: str, weights: dict[str, str], biases: tuple[str, ...] = ()):
-    """Projections of one input, of the kind that the store holds."""
-    kind = QuantizedProjections if isinstance(store, QuantizedStore) else Projections
-    return kind(store, prefix, weights, biases)
+    """Projections of one input, of the kind that the store holds: a quantised model may keep its routers in fp32."""
+    int8 = isinstance(store, QuantizedStore) and f"{prefix}.{next(iter(weights.values()))}" in store.int8
+    return (QuantizedProjections if int8 else Projections)(store, prefix, weights, biases)
 
 
 class Mixer:
@@ -243,15 +243,16 @@ class SoftmaxAttention(Mixer):
         return (Int8KeyValueCache if self.int8 else KeyValueCache)(be, self.c, batch, dtype, self.window)
 
     def mix(self, ctx: Context, rows, state: KeyValueCache | None = None, sinks=None):
-        """See Mixer.  memory: keys and values of the sinks."""
+        """See Mixer.  memory: keys and values of the sinks; in a quantised model coded, k, ku, v, vu."""
         be, c = ctx.be, self.c
         B, T, _ = rows.shape
         q, k, v = rope_forward(be, rows, ctx.cos, ctx.sin, c.heads, c.kv_heads, c.head_dim)
-        memory = (k[0], v[0]) if ctx.sinks else None
-        if ctx.sinks:  # they see each other, in both directions, and nothing else
+        memory = s_attention = None
+        if self.int8:
+            o, memory = self._attend_int8(ctx, q, k, v, state, sinks)
+        elif ctx.sinks:  # they see each other, in both directions, and nothing else
+            memory = k[0], v[0]
             o, s_attention = self._attend_sinks(be, q, None, memory)
-        elif self.int8:
-            o, s_attention = self._attend_int8(be, q, k, v, state), None
         elif state is not None and T == 1:
             state.append(k, v)
             o, s_attention = attention_step(be, q, state.k, state.v, state.count), None
@@ -280,18 +281,27 @@ class SoftmaxAttention(Mixer):
             s_window = (*qkv, o, lse, window, scale)  # its backward wants o and lse over all keys
         return o, (s_window, (q, *memory, o, lse))
 
-    def _attend_int8(self, be, q, k, v, state: Int8KeyValueCache | None):
-        """q (B,T,H,D) as spike counts, k, v (B,T,G,D) as int8, here and in the cache -> o (B,T,H,D)."""
+    def _attend_int8(self, ctx: Context, q, k, v, state: Int8KeyValueCache | None, sinks):
+        """As mix, with q (B,T,H,D) as spike counts and k, v (B,T,G,D) as int8: here, in the cache, and of the sinks.
+
+        -> o (B,T,H,D), memory.
+        """
+        be = ctx.be
         q16, qv, *kept = code_heads(be, q, k, v, self.c.spike_k)
         if state is not None and q.shape[1] == 1:
             state.append(*kept)
-            return attention_step_int8(be, q16, qv, state.k, state.ku, state.v, state.vu, state.count)
-        k, v = decode_heads(*kept[:2]), decode_heads(*kept[2:])
+            return attention_step_int8(be, q16, qv, state.k, state.ku, state.v, state.vu, state.count), None
+        q, (k, v) = decode_heads(q16, qv), decode_pair(kept)
+        if ctx.sinks:
+            return self._attend_sinks(be, q, None, (k[0], v[0]))[0], tuple(x[0] for x in kept)
         if state is not None:
             past_k, past_v = state.past()
             state.append(*kept)
             k, v = be.xp.concatenate([past_k, k], axis=1), be.xp.concatenate([past_v, v], axis=1)
-        return attention_forward(be, decode_heads(q16, qv), k, v, self.window or k.shape[1])[0]
+        o, s_window = attention_forward(be, q, k, v, self.window or k.shape[1])
+        if self.c.sinks:
+            o, _ = self._attend_sinks(be, q, s_window, decode_pair(sinks) if state is None else state.sinks())
+        return o, None
 
     def mix_backward(self, be, do, saved, dmemory=None):
         """See Mixer."""

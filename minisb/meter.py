@@ -14,6 +14,7 @@ import numpy as np
 from minisb.data import eval_batches
 from minisb.model import SpikingBrain
 from minisb.ops.codes import CODES, SIGNED, spikes_emitted, steps_needed
+from minisb.quantized import GATE_PAIR, ROUTER
 
 #: The window of the report's sparsity: three steps of the bidirectional code hold |count| <= 7.
 WINDOW_STEPS, WINDOW_MOST = 3, 7
@@ -47,7 +48,10 @@ REPORT_SPARSITY = {2.0: 0.730, 2.5: 0.709, 3.0: 0.692, 3.5: 0.677, 4.0: 0.664}
 
 
 class Tally:
-    """The counts of one projection, or of several: how often each value came, which channels ever fired."""
+    """The counts of one projection, or of several: how often each value came, which channels ever fired.
+
+    Experts are one projection together: their hidden channel f fired if that of any expert did.
+    """
 
     def __init__(self):
         self.reach, self.seen = 0, np.zeros(1, np.int64)  # seen[i]: of count i - reach
@@ -142,16 +146,20 @@ def measure(model: SpikingBrain, tokens, k: float | None = None) -> tuple[dict, 
 
 
 def operations(model: SpikingBrain, projections: dict) -> dict:
-    """What one multiply-accumulate of the spiking projections becomes, on average over all of them."""
+    """What one multiply-accumulate of the spiking projections becomes, on average over all of them.
+
+    Of E experts a token goes through K.
+    """
     macs = additions = reached = inputs = 0
+    special = {"gk": GATE_PAIR[0], "router": ROUTER}
     for name, found in projections.items():
         prefix, short = name.rsplit(".", 1)
-        weight = f"{prefix}.gk_proj.0.weight" if short == "gk" else f"{prefix}.{short}_proj.weight"
-        O, I = model.store.p[weight].shape
-        macs += O * I
-        inputs += I
-        additions += O * I * found["spikes_per_channel"]
-        reached += O * I * (1 - found["silent"])
+        *stacked, O, I = model.store.p[f"{prefix}.{special.get(short, f'{short}_proj.weight')}"].shape
+        times = model.config.top_k if stacked else 1
+        macs += times * O * I
+        inputs += times * I
+        additions += times * O * I * found["spikes_per_channel"]
+        reached += times * O * I * (1 - found["silent"])
     return {"additions": additions / macs, "weights_reached": reached / macs, "activations": inputs / macs}
 
 

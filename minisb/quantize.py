@@ -7,6 +7,9 @@ at what the projections really read, on texts of the training set:
 - k of each input, the fineness of its spikes, from a small grid: the smallest whose output is no further from the
   float output than is usual in this model at the k it was trained with.  So the error, not the
   threshold, is the same everywhere.  It is kept if it lowers the loss on those texts.
+
+Experts are fitted one by one, each to the tokens that the router sends to it.  One that gets few, or none, is fitted
+to the layer's tokens as well: see Inputs.product.  k is the same for all experts of a layer.
 """
 
 from __future__ import annotations
@@ -21,13 +24,33 @@ from minisb import checkpoint
 from minisb.data import batch, eval_batches, load_tokens
 from minisb.errors import MinisbError
 from minisb.model import SpikingBrain
-from minisb.ops.w8aspike import GROUP, dequantize_weight, quantize_weight, w8aspike_linear
-from minisb.quantized import GATE, GATE_PAIR, INT8, SCALES, empty_tensors, input_names, matrix_shapes, store_of
+from minisb.ops.moe import grouped_forward
+from minisb.ops.w8aspike import (
+    GROUP,
+    dequantize_weight,
+    quantize_weight,
+    w8aspike_grouped,
+    w8aspike_linear,
+)
+from minisb.quantized import (
+    GATE,
+    INT8,
+    ROUTER,
+    SCALES,
+    empty_tensors,
+    float_routers,
+    gate_pairs,
+    input_names,
+    matrix_shapes,
+    store_of,
+)
 
 HELP = "a trained run with int8 weights and spike counts (W8ASpike), for sample.py --quantized"
 K_GRID = (2.0, 2.5, 3.0, 3.5, 4.0)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a row's largest weights; 1 first, so that it wins ties
 KEPT_ROWS = 2048  # tokens on which outputs are compared
+#: An expert is fitted to its own tokens and, with the weight of this many, to all of its layer: few say little.
+COMMON_ROWS = 64
 LOSS_TOKENS = 1 << 16  # of the validation text
 TRIAL_TEXTS = 16  # of the calibration texts, to choose between the two sets of k
 
@@ -48,9 +71,6 @@ def main(args) -> int:
     settings = checkpoint.load_config(args.run)
     if "quantized" in settings:
         raise MinisbError(f"{args.run} is quantised already.")
-    c = settings["model"]
-    if c.has_experts or c.sinks or c.feature_map != "relu" or any("+" in mixer for mixer in c.mixers):
-        raise MinisbError("quantize knows the 7B's layers; parallel hybrids, experts and sinks have no int8 form yet.")
     if checkpoint.is_run(args.out):
         raise MinisbError(f"{args.out} already holds a run: give another --out.")
     model = checkpoint.load_model(args.run, "cpu", threads=args.threads)
@@ -82,11 +102,15 @@ def sequences(tokens, c, texts: int, seed: int) -> Iterator:
 def quantize(model: SpikingBrain, texts: list, group: int | None, embedding: bool = False):
     """-> tensors of the quantised file, the section of config.json without its group, notes for people."""
     inputs = Inputs(model, texts)
-    tensors = empty_tensors(model.specs, group, embedding)
+    tensors = empty_tensors(model.specs, group, embedding, float_routers(model.config))
     weights = float_matrices(model, embedding)
     for name, w in weights.items():
-        product = inputs.products.get(inputs.read_by.get(name))  # None for embedding and head: nothing is cut off
-        tensors[name + INT8], tensors[name + SCALES] = _quantize_rows(w, _row_group(name, group), product)
+        w8, scales = tensors[name + INT8], tensors[name + SCALES]
+        if w.ndim == 3:
+            for e in range(len(w)):
+                w8[e], scales[e] = _quantize_rows(w[e], group, inputs.product(name, e))
+        else:
+            w8[...], scales[...] = _quantize_rows(w, _row_group(name, group), inputs.product(name))
     for name in (n for n in tensors if not n.endswith((INT8, SCALES))):
         tensors[name][...] = model.store.p[name]
     same = dict.fromkeys(input_names(model.config), model.config.spike_k)
@@ -101,40 +125,68 @@ def quantize(model: SpikingBrain, texts: list, group: int | None, embedding: boo
 
 def float_matrices(model: SpikingBrain, embedding: bool) -> dict[str, np.ndarray]:
     """Name -> fp32 matrix of everything that becomes int8; the gate's pair multiplied out."""
-    p, found = model.store.p, {}
-    for name in matrix_shapes(model.specs, embedding):
-        prefix = name.removesuffix(GATE)
-        found[name] = p[name] if name in p else p[prefix + GATE_PAIR[1]] @ p[prefix + GATE_PAIR[0]]
+    p, pairs, found = model.store.p, gate_pairs(model.specs), {}
+    for name in matrix_shapes(model.specs, embedding, float_routers(model.config)):
+        found[name] = p[pairs[name][1].name] @ p[pairs[name][0].name] if name in pairs else p[name]
     return found
 
 
 class Inputs:
     """What each input of projections holds on the texts, in float mode.
 
-    products: input -> X^T X (I,I), with which the error of a row d of weight errors is d X^T X d^T.
-    rows: input -> some of its rows (n,I).  read_by: matrix -> its input.
+    rows: input -> some of its rows (n,I); of experts sorted by expert.  offsets: of experts, where each one's begin
+    and the last one's end (E+1,).  matrices: input -> what reads it; read_by: the other way round.
     """
 
     def __init__(self, model: SpikingBrain, texts: list):
-        self.products, self.rows = {}, {}
-        short = {"q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight", "o": "o_proj.weight", "gk": GATE}
-        short |= {"gate": "gate_proj.weight", "up": "up_proj.weight", "down": "down_proj.weight"}
+        self.rows, self.offsets, self._products, self._parts, self._load = {}, {}, {}, {}, {}
+        special = {"gk": GATE, "router": ROUTER}
         self.matrices = {}
         for name in input_names(model.config):
             prefix, _, readers = name.rpartition(".")
-            self.matrices[name] = [f"{prefix}.{short[reader]}" for reader in readers.split("+")]
+            names = [special.get(reader, f"{reader}_proj.weight") for reader in readers.split("+")]
+            self.matrices[name] = [f"{prefix}.{matrix}" for matrix in names]
         self.read_by = {matrix: name for name, matrices in self.matrices.items() for matrix in matrices}
         self.every = max(1, sum(x.size for x, _ in texts) // KEPT_ROWS)
         for x, _ in texts:
             model.forward(x, tap=self._tap)
-        self.rows = {name: np.concatenate(parts) for name, parts in self.rows.items()}
+        for name, texts_of in self._parts.items():  # of each expert the rows of one text after the other
+            sizes = [sum(map(len, parts)) for parts in texts_of]
+            self.rows[name] = np.concatenate([rows for parts in texts_of for rows in parts])
+            if len(sizes) > 1:
+                self.offsets[name] = np.concatenate([[0], np.cumsum(sizes)])
+
+    def product(self, matrix: str, expert: int | None = None):
+        """X^T X (I,I) of what a matrix reads, with which the error of a row d of weight errors is d X^T X d^T.
+
+        None for embedding and head, of which nothing is cut off.  Of one expert: of its own tokens, and of the whole
+        layer's as if they were COMMON_ROWS, so that one that hardly any token reached is fitted too.
+        """
+        name = self.read_by.get(matrix)
+        if expert is None:
+            return self._products.get(name)
+        every, (start, end) = self.rows[name], self.offsets[name][expert : expert + 2]
+        own = every[start:end]
+        if name not in self._products:
+            self._products[name] = (every.T @ every).astype(np.float64)
+        return own.T @ own + COMMON_ROWS / max(1, len(every)) * self._products[name]
 
     def _tap(self, name, array):
+        layer, _, kind = name.partition(".moe.")
+        if kind == "load":
+            self._load[layer] = array
         if not name.endswith(".input"):
             return
         name, x = name.removesuffix(".input"), array.reshape(-1, array.shape[-1])
-        self.products[name] = self.products.get(name, 0) + (x.T @ x).astype(np.float64)
-        self.rows.setdefault(name, []).append(x[:: self.every].copy())
+        layer, _, experts = name.partition(".mlp.experts.")
+        if experts:
+            ends = np.cumsum(self._load[layer])
+            parts = [x[end - n : end : self.every].copy() for end, n in zip(ends, self._load[layer], strict=True)]
+        else:
+            self._products[name] = self._products.get(name, 0) + (x.T @ x).astype(np.float64)
+            parts = [x[:: self.every].copy()]
+        for kept, part in zip(self._parts.setdefault(name, [[] for _ in parts]), parts, strict=True):
+            kept.append(part)
 
 
 def _row_group(name: str, group: int | None) -> int | None:
@@ -155,15 +207,24 @@ def _quantize_rows(w, group, product):
 
 def _fit_k(model: SpikingBrain, inputs: Inputs, weights: dict, tensors: dict) -> dict[str, float]:
     """Input -> k: the smallest of the grid that keeps its output as near as is usual at config.spike_k."""
-    grid = sorted({*K_GRID, model.config.spike_k})
+    grid, be = sorted({*K_GRID, model.config.spike_k}), model.be
     errors = {}
     for name, x in inputs.rows.items():
-        matrices = inputs.matrices[name]
-        exact = np.concatenate([x @ weights[m].T for m in matrices], axis=1)
+        if name not in inputs.matrices:  # a router that stays fp32
+            continue
+        at = inputs.offsets.get(name)
+
+        def exactly(m, x=x, at=at):
+            return x @ weights[m].T if at is None else grouped_forward(be, x, weights[m], at)
+
+        def with_spikes(m, k, x=x, at=at):
+            w = tensors[m + INT8], tensors[m + SCALES]
+            return w8aspike_linear(be, x, *w, k) if at is None else w8aspike_grouped(be, x, *w, k, at)
+
+        exact = np.concatenate([exactly(m) for m in inputs.matrices[name]], axis=1)
         errors[name] = []
         for k in grid:
-            y = [w8aspike_linear(model.be, x, tensors[m + INT8], tensors[m + SCALES], k) for m in matrices]
-            off = np.concatenate(y, axis=1) - exact
+            off = np.concatenate([with_spikes(m, k) for m in inputs.matrices[name]], axis=1) - exact
             errors[name].append(np.sqrt((off * off).mean() / max((exact * exact).mean(), 1e-30)))
     usual = np.median([e[grid.index(model.config.spike_k)] for e in errors.values()])
     return {
@@ -211,7 +272,7 @@ class Beyond:
     seen = outside = 0
 
     def __call__(self, name, count):
-        if name.endswith((".q.count", ".o.count", ".gate.count", ".down.count")):  # once for each input
+        if name.endswith((".q.count", ".o.count", ".gate.count", ".down.count", ".router.count")):  # once an input
             self.seen += count.size
             self.outside += int((np.abs(count) > 127).sum())
 

@@ -1,7 +1,15 @@
 """A quantised model's parameters and projections: what layers.py builds on instead of ParamStore and Projections.
 
 Every matrix inside the layers is int8 with fp32 scales (ops/w8aspike.py), and so, if asked for, are the
-embedding and the head, with one scale a row; norms and biases stay fp32.  The gate's low-rank pair is
+embedding and the head, with one scale a row; norms, biases and sinks stay fp32.  Those of a layer's E experts
+stand in one tensor (E,O,I), scales (E,O,groups), and read spikes of one k.
+
+The router is a projection like any other: the report spikes the input of every linear projection (section 3.3) and
+keeps from int8 the embedding, the head, norms and the state of linear attention, no more.  So its matrix is int8 and
+reads spikes of a k of its own wherever config.spike names it; where config.spike does not, it stays fp32 and reads
+floats, as it did in training.  Everything else spikes whatever config.spike says.
+
+The gate's low-rank pair is
 multiplied out into one matrix gk_proj.weight [G*D, C], as in the released files.  It holds more bytes
 than the pair (1 % of a model of 135M), and is worth them: the gate's rows stand below those of q, k and v,
 so that one product gives all four, and no half-way result needs a rounding of its own.
@@ -13,20 +21,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minisb.config import Config, spikes_by_layer
 from minisb.errors import MinisbError
-from minisb.ops.w8aspike import GROUP, dequantize_weight, group_of, row_counts, w8aspike_linear
+from minisb.ops.w8aspike import GROUP, dequantize_weight, group_of, row_counts, w8aspike_grouped, w8aspike_linear
 
 #: The head's input is spike-coded too, with a finer threshold: every token is chosen by small
 #: differences between logits.  mean|x| / 24 leaves almost all counts inside int8.
 HEAD_K = 24.0
 GATE_PAIR, GATE, GATE_BIAS = ("gk_proj.0.weight", "gk_proj.1.weight"), "gk_proj.weight", "gk_proj.1.bias"
+ROUTER = "router.weight"
 INT8, SCALES = ".int8", ".scales"
+OUTSIDE = ("embeddings.weight", "lm_head.weight")  # the matrices outside the layers that may be int8
 LINE = 64  # bytes of a cache line
 
 
 @dataclass
 class Int8Matrix:
-    """w8 int8 (O,I), scales fp32 (O,groups), and the k of the spikes that it reads."""
+    """w8 int8 (O,I), scales fp32 (O,groups), and the k of the spikes that it reads.
+
+    Of experts, all in one: (E,O,I) and (E,O,groups).
+    """
 
     w8: np.ndarray
     scales: np.ndarray
@@ -40,6 +54,10 @@ class Int8Matrix:
     def product(self, be, x, b=None):
         """x (...,I) -> y (...,O) = spikes(x) W^T + b."""
         return w8aspike_linear(be, x, self.w8, self.scales, self.k, b)
+
+    def by_expert(self, be, x, offsets):
+        """x (R,I), expert e's rows from offsets[e] on -> y (R,O)."""
+        return w8aspike_grouped(be, x, self.w8, self.scales, self.k, offsets)
 
     def rows(self, tokens):
         """Row `token` for each of tokens (B,T) -> fp32 (B,T,I)."""
@@ -84,6 +102,18 @@ class QuantizedStore:
             start = end
         return joined
 
+    def stacked(self, names: list[str], k: float) -> Int8Matrix:
+        """As `matrix`, of experts: (E,O,I) joined along O, so that one product of an expert gives all."""
+        parts = [self.int8[name] for name in names]
+        scales = np.concatenate([m.scales for m in parts], axis=1)
+        scales = np.ascontiguousarray(scales.swapaxes(1, 2)).swapaxes(1, 2)
+        joined, start = Int8Matrix(np.concatenate([m.w8 for m in parts], axis=1), scales, k), 0
+        for name, part in zip(names, parts, strict=True):
+            rows = slice(start, start + part.w8.shape[1])
+            self.int8[name] = Int8Matrix(joined.w8[:, rows], joined.scales[:, rows], k)
+            start = rows.stop
+        return joined
+
 
 class QuantizedProjections:
     """Projections of one common input by one int8 matrix: rows of q, then k, then v, ... All read spikes, always."""
@@ -103,19 +133,25 @@ class QuantizedProjections:
             first = [store.p[f"{prefix}.{name}"] for name in biases]
             self.b = np.zeros(start, np.float32)
             self.b[: sum(b.size for b in first)] = np.concatenate([*first, np.empty(0, np.float32)])
-            if "gk" in weights:
-                self.b[self.rows["gk"]] = store.p[f"{prefix}.{GATE_BIAS}"]
+            if "gk" in weights:  # linear attention's own, also where it shares its projections
+                own = prefix if f"{prefix}.{GATE_BIAS}" in store.p else f"{prefix}.linear"
+                self.b[self.rows["gk"]] = store.p[f"{own}.{GATE_BIAS}"]
 
     def forward(self, ctx, x):
         """x (B,T,I) -> y (B,T,O), None: there is no way back."""
         if ctx.tap:
-            count = row_counts(x.reshape(-1, x.shape[-1]), self.matrix.k)[0].astype(np.float32).reshape(x.shape)
-            for name in self.rows:
-                ctx.tap(f"{self.prefix}.{name}.count", count)
+            tap_counts(ctx, self.prefix, self.rows, x, self.matrix.k)
         return self.matrix.product(ctx.be, x, self.b), None
 
     def backward(self, be, dy, saved):
         raise MinisbError("a quantised model cannot be trained: go on with the run it was made from.")
+
+
+def tap_counts(ctx, prefix: str, names, x, k: float):
+    """Show the counts of x (...,I), which the projections `names` read."""
+    count = row_counts(x.reshape(-1, x.shape[-1]), k)[0].astype(np.float32).reshape(x.shape)
+    for name in names:
+        ctx.tap(f"{prefix}.{name}.count", count)
 
 
 def input_name(prefix: str, shorts) -> str:
@@ -127,14 +163,36 @@ def input_name(prefix: str, shorts) -> str:
 QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
 
 
-def input_names(config) -> list[str]:
-    """Every input of projections of the model, in order."""
+def input_names(c: Config) -> list[str]:
+    """Every input of int8 projections of the model, in order."""
     found = []
-    for i in range(config.layers):
-        first = (*QKV, "gk") if config.mixer(i) == "gla" else QKV
-        found += [input_name(f"layers.{i}.attn", first), input_name(f"layers.{i}.attn", ("o",))]
-        found += [input_name(f"layers.{i}.mlp", GATE_UP), input_name(f"layers.{i}.mlp", ("down",))]
+    for i in range(c.layers):
+        for prefix, first in _mixers(c, i).items():
+            found += [input_name(prefix, first), input_name(prefix, ("o",))]
+        prefixes = [f"layers.{i}.mlp"]
+        if c.ffn_kind(i) == "moe":
+            (mlp,) = prefixes
+            found += [] if f"{mlp}.{ROUTER}" in float_routers(c) else [input_name(mlp, ("router",))]
+            prefixes = [f"{mlp}.experts", *([f"{mlp}.shared"] if c.shared_experts else [])]
+        for prefix in prefixes:
+            found += [input_name(prefix, GATE_UP), input_name(prefix, ("down",))]
     return found
+
+
+def _mixers(c: Config, layer: int) -> dict[str, tuple[str, ...]]:
+    """Prefix -> projections of its input, for the one mixer of a layer or the two of a parallel hybrid."""
+    prefix, kind = f"layers.{layer}.attn", c.mixer(layer)
+    linear = (*QKV, "gk") if c.gate == "low_rank" else QKV
+    if "+" in kind and not c.shared_projections:
+        return {f"{prefix}.linear": linear, f"{prefix}.softmax": QKV}
+    return {prefix: linear if kind.startswith("gla") else QKV}
+
+
+def float_routers(c: Config) -> set[str]:
+    """Names of the routers that config.spike leaves out: they stay fp32."""
+    spikes = spikes_by_layer(c.spike, c.layers)
+    moe = (i for i in range(c.layers) if c.ffn_kind(i) == "moe")
+    return {f"layers.{i}.mlp.{ROUTER}" for i in moe if "router" not in spikes[i]}
 
 
 def aligned(parts: list) -> np.ndarray:
@@ -149,16 +207,21 @@ def aligned(parts: list) -> np.ndarray:
 # --- which tensors there are
 
 
-def matrix_shapes(specs, embedding: bool) -> dict[str, tuple[int, int]]:
-    """Name -> shape of every matrix that is stored as int8."""
-    found, pair = {}, {}
+def gate_pairs(specs) -> dict[str, tuple]:
+    """Name of the merged gate -> the specs of its two matrices, the first always before its second."""
+    firsts, seconds = ([spec for spec in specs if spec.name.endswith(end)] for end in GATE_PAIR)
+    return {a.name.replace(GATE_PAIR[0], GATE): (a, b) for a, b in zip(firsts, seconds, strict=True)}
+
+
+def matrix_shapes(specs, embedding: bool, left=()) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything that is stored as int8: matrices (O,I), of experts (E,O,I).
+
+    left: names that are not (float_routers).
+    """
+    found = {name: (b.shape[0], a.shape[1]) for name, (a, b) in gate_pairs(specs).items()}
     for spec in specs:
-        layer, _, name = spec.name.rpartition(".attn.")
-        if name in GATE_PAIR:
-            pair[name] = spec.shape
-            if name == GATE_PAIR[1]:
-                found[f"{layer}.attn.{GATE}"] = (spec.shape[0], pair[GATE_PAIR[0]][1])
-        elif len(spec.shape) == 2 and (spec.name.startswith("layers.") or embedding):
+        inside = spec.name.startswith("layers.") and spec.name not in left and not spec.name.endswith(GATE_PAIR)
+        if len(spec.shape) > 1 and (inside or (embedding and spec.name in OUTSIDE)):
             found[spec.name] = spec.shape
     return found
 
@@ -168,12 +231,12 @@ def scale_groups(name: str, inputs: int, group: int | None) -> int:
     return 1 if group is None or not name.startswith("layers.") else -(-inputs // GROUP)
 
 
-def empty_tensors(specs, group: int | None, embedding: bool) -> dict[str, np.ndarray]:
-    """Every tensor of the file, not filled: NAME.int8 and NAME.scales, or NAME in fp32."""
-    matrices, tensors = matrix_shapes(specs, embedding), {}
-    for name, (rows, inputs) in matrices.items():
-        tensors[name + INT8] = np.empty((rows, inputs), np.int8)
-        tensors[name + SCALES] = np.empty((rows, scale_groups(name, inputs, group)), np.float32)
+def empty_tensors(specs, group: int | None, embedding: bool, left=()) -> dict[str, np.ndarray]:
+    """Every tensor of the file, not filled: NAME.int8 and NAME.scales, or NAME in fp32.  left: as matrix_shapes."""
+    matrices, tensors = matrix_shapes(specs, embedding, left), {}
+    for name, (*rows, inputs) in matrices.items():
+        tensors[name + INT8] = np.empty((*rows, inputs), np.int8)
+        tensors[name + SCALES] = np.empty((*rows, scale_groups(name, inputs, group)), np.float32)
     for spec in specs:
         if spec.name not in matrices and not spec.name.endswith(GATE_PAIR):
             tensors[spec.name] = np.empty(spec.shape, np.float32)

@@ -112,9 +112,10 @@ def _codes(own):
 
 def _projections(own):
     yield "by layer and projection (silent: of (token, channel); channels: silent in the whole sample)"
-    yield f"  {'':<22}" + "".join(f"{heading:>{width}}" for heading, _, width, _ in COLUMNS)
+    longest = max(20, *map(len, own["projections"])) + 2
+    yield f"  {'':<{longest}}" + "".join(f"{heading:>{width}}" for heading, _, width, _ in COLUMNS)
     for name, s in [*own["projections"].items(), ("all", own["total"])]:
-        yield f"  {name:<22}" + "".join(f"{s[key]:>{width}{style}}" for _, key, width, style in COLUMNS)
+        yield f"  {name:<{longest}}" + "".join(f"{s[key]:>{width}{style}}" for _, key, width, style in COLUMNS)
 
 
 def _sweep(found):
