@@ -8,30 +8,48 @@
 // Bytes: forward reads x (and delta), writes y (and z): the second look at a row comes from cache.
 // Backward reads dy, x (and dz) and writes dx.
 
+// Packs of a row that a lane keeps in registers from the first look to the second, and asks for all at once;
+// where a row is longer, the rest is looked at twice.
+constexpr int KEPT = 4;
+
 template <int W>
 __device__ void forward(const real* x, const real* delta, const real* w, real* z, real* y, wide* rstd, int rows, int C,
                         wide eps)
 {
     for (Row r(rows, C, W); r.more(); r.next()) {
         const i64 row = r.at * C;
+        const int end = r.inside() ? C : 0;
+        Pack<W> kept[KEPT], added[KEPT];
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (r.first + i * r.hop < end) kept[i] = load<W>(x + row + r.first + i * r.hop);
+#pragma unroll
+        for (int i = 0; delta && i < KEPT; i++)
+            if (r.first + i * r.hop < end) added[i] = load<W>(delta + row + r.first + i * r.hop);
         wide squares = 0;
-        for (int c = r.first; r.inside() && c < C; c += r.hop) {
-            Pack<W> a = load<W>(x + row + c);
-            if (delta) {
-                const Pack<W> b = load<W>(delta + row + c);
-                for (int i = 0; i < W; i++) a.x[i] = (wide)a.x[i] + (wide)b.x[i];
-                store(z + row + c, a);
-            }
+        auto look = [&](Pack<W>& a, const Pack<W>& b, int c) {
+            for (int i = 0; delta && i < W; i++) a.x[i] = (wide)a.x[i] + (wide)b.x[i];
+            if (delta) store(z + row + c, a);
             for (int i = 0; i < W; i++) squares += (wide)a.x[i] * (wide)a.x[i];  // of what backward will read
+        };
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (r.first + i * r.hop < end) look(kept[i], added[i], r.first + i * r.hop);
+        for (int c = r.first + KEPT * r.hop; c < end; c += r.hop) {
+            Pack<W> a = load<W>(x + row + c), b;
+            if (delta) b = load<W>(delta + row + c);
+            look(a, b, c);
         }
         const wide scale = 1 / sqrt(lanes_sum(squares, r.lanes) / C + eps);
-        const real* from = delta ? z : x;
-        for (int c = r.first; r.inside() && c < C; c += r.hop) {
-            Pack<W> a = load<W>(from + row + c);
+        auto scaled = [&](Pack<W> a, int c) {
             const Pack<W> b = load<W>(w + c);
             for (int i = 0; i < W; i++) a.x[i] = (wide)a.x[i] * scale * (wide)b.x[i];
             store(y + row + c, a);
-        }
+        };
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (r.first + i * r.hop < end) scaled(kept[i], r.first + i * r.hop);
+        for (int c = r.first + KEPT * r.hop; c < end; c += r.hop) scaled(load<W>((delta ? z : x) + row + c), c);
         if (r.inside() && r.first == 0) rstd[r.at] = scale;
     }
 }
@@ -50,23 +68,45 @@ __device__ void backward(const real* dz, const real* dy, const real* x, const re
 {
     for (Row r(rows, C, W); r.more(); r.next()) {
         const i64 row = r.at * C;
+        const int end = r.inside() ? C : 0;
         const wide scale = r.inside() ? rstd[r.at] : 0;
+        Pack<W> d[KEPT], a[KEPT], stream[KEPT];
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (r.first + i * r.hop < end) {
+                d[i] = load<W>(dy + row + r.first + i * r.hop);
+                a[i] = load<W>(x + row + r.first + i * r.hop);
+            }
+#pragma unroll
+        for (int i = 0; dz && i < KEPT; i++)
+            if (r.first + i * r.hop < end) stream[i] = load<W>(dz + row + r.first + i * r.hop);
         wide along = 0;
-        for (int c = r.first; r.inside() && c < C; c += r.hop) {
-            const Pack<W> d = load<W>(dy + row + c), a = load<W>(x + row + c), b = load<W>(w + c);
+        auto look = [&](const Pack<W>& d, const Pack<W>& a, int c) {
+            const Pack<W> b = load<W>(w + c);
             for (int i = 0; i < W; i++) along += (wide)d.x[i] * (wide)b.x[i] * ((wide)a.x[i] * scale);
-        }
+        };
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (r.first + i * r.hop < end) look(d[i], a[i], r.first + i * r.hop);
+        for (int c = r.first + KEPT * r.hop; c < end; c += r.hop)
+            look(load<W>(dy + row + c), load<W>(x + row + c), c);
         along = lanes_sum(along, r.lanes) / C;
-        for (int c = r.first; r.inside() && c < C; c += r.hop) {
-            const Pack<W> d = load<W>(dy + row + c), a = load<W>(x + row + c), b = load<W>(w + c);
-            Pack<W> found;
-            if (dz) found = load<W>(dz + row + c);
+        auto found = [&](const Pack<W>& d, const Pack<W>& a, Pack<W> stream, int c) {
+            const Pack<W> b = load<W>(w + c);
             for (int i = 0; i < W; i++) {
                 const wide n = (wide)a.x[i] * scale, dn = scale * ((wide)d.x[i] * (wide)b.x[i] - n * along);
-                found.x[i] = dz ? (wide)found.x[i] + dn : dn;
+                stream.x[i] = dz ? (wide)stream.x[i] + dn : dn;
                 sums[i * (C / W) + c / W] += (wide)d.x[i] * n;  // so that lanes next to each other meet no bank twice
             }
-            store(dx + row + c, found);
+            store(dx + row + c, stream);
+        };
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (r.first + i * r.hop < end) found(d[i], a[i], stream[i], r.first + i * r.hop);
+        for (int c = r.first + KEPT * r.hop; c < end; c += r.hop) {
+            Pack<W> stream;
+            if (dz) stream = load<W>(dz + row + c);
+            found(load<W>(dy + row + c), load<W>(x + row + c), stream, c);
         }
     }
 }

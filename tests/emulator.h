@@ -59,6 +59,13 @@ struct float4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int atomicMax(int* x, int y)
+{
+    const int old = *x;
+    *x = std::max(old, y);
+    return old;
+}
+inline int atomicAdd(int* x, int y) { return (*x += y) - y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 struct int4 {
     int x, y, z, w;
@@ -323,6 +330,9 @@ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
             c[i] += x.x * y.x + x.y * y.y;
         }
 }
+
+inline int anew(int x) { return x; }
+inline float power_of_two(float x) { return std::exp2(x); }
 
 // Arrives at once: what reads too early is not found out here.
 inline void copy_async(void* to, const void* from, bool there)

@@ -113,7 +113,9 @@ def embedding_forward(be, tokens, table):
 def embedding_backward(be, dx, tokens, dtable):
     (dx,) = contiguous(be, dx)
     tokens = int32(be, tokens)
-    be.launch("embedding_backward", dx, tokens.size, THREADS, dx, tokens, dtable, tokens.size, *dtable.shape)
+    found = be.xp.zeros((2, dtable.shape[0]), "int32")
+    each(be, "embedding_places", dx, tokens.size, tokens, found, tokens.size, dtable.shape[0])
+    be.launch("embedding_backward", dx, tokens.size, THREADS, dx, tokens, found, dtable, tokens.size, *dtable.shape)
 
 
 def swiglu_forward(be, gate_up):
