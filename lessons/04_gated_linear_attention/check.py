@@ -94,7 +94,24 @@ def mistakes(q, k, v, log_g, state):
             expected(q, k * np.exp(log_g), v, log_g, state),
             say("Does a token's own gate fade what this token writes?", "词元自己的门控会衰减它自己写入的内容吗？"),
         ),
-        (expected(q, v, k, log_g, state), say("Are k and v in their places?", "k 和 v 的位置对吗？")),
+        (
+            expected(q, v, k, log_g, state),
+            say(
+                "Row i of the state belongs to channel i of the key: is yours transposed, or are k and v exchanged?",
+                "状态的第 i 行属于键的第 i 个通道：你的状态是不是转置了，或者 k 和 v 写反了？",
+            ),
+        ),
+        (
+            expected(q, np.ones_like(k), k * v, log_g, state),
+            say(
+                "k * v multiplies entry by entry.  What shape has k_t v_t^T, and what is its entry (i, j)?",
+                "k * v 是逐元素相乘。外积 k_t v_t^T 是什么形状，它的第 (i, j) 个元素是什么？",
+            ),
+        ),
+        (
+            expected(q, k, v, np.broadcast_to(log_g.mean(1, keepdims=True), log_g.shape), state),
+            say("Has every channel a gate of its own?", "每个通道都有自己的门控吗？"),
+        ),
         (
             expected(q, k, v, log_g, 0 * state),
             say("What becomes of the state that you were given?", "传入的状态去哪了？"),
@@ -106,18 +123,20 @@ def mistakes(q, k, v, log_g, state):
     )
     outputs = [(got[0], question) for got, question in given]
     states = [(got[1][-1], question) for got, question in given if got[1] is not None]
-    return outputs, states
+    before = say("Have all tokens been written into the state that you return?", "返回的状态里，所有词元都写进去了吗？")
+    return outputs, [*states, (expected(q, k, v, log_g, state)[1][-2], before)]
 
 
-def pair(title, got, args, limit=FLOAT64):
-    """Results for (o, last state) as returned by gla_recurrent and gla_chunk."""
+def pair(title, got, args, limit=FLOAT64, more=lambda: ((), ())):
+    """Results for (o, last state) as returned by gla_recurrent and gla_chunk.  more: further mistakes of both."""
     failed = several(title, got, 2)
     if failed:
         yield failed
         return
     o, states = expected(*args)
-    yield close(title + say(": outputs", "：输出"), got[0], o, limit, lambda: mistakes(*args)[0])
-    yield close(title + say(": last state", "：最后的状态"), got[1], states[-1], limit, lambda: mistakes(*args)[1])
+    for place, what, want in ((0, say(": outputs", "：输出"), o), (1, say(": last state", "：最后的状态"), states[-1])):
+        guesses = lambda place=place: [*mistakes(*args)[place], *more()[place]]  # noqa: E731
+        yield close(title + what, got[place], want, limit, guesses)
 
 
 @exercise
@@ -152,8 +171,8 @@ def gla_recurrent(f):
 @exercise
 def gla_parallel(f):
     for key, T, dtype, limit in (
-        (5, 1, np.float64, FLOAT64),
         (6, 23, np.float64, FLOAT64),
+        (5, 1, np.float64, FLOAT64),
         (7, 130, np.float32, FLOAT32),
     ):
         *qkvg, state = inputs(key, T, 6, dtype)
@@ -162,6 +181,16 @@ def gla_parallel(f):
         args = (*qkvg, 0 * state)
         title = say(f"{T} tokens", f"{T} 个词元")
         yield close(title, f(*qkvg), expected(*args)[0], limit, lambda args=args: parallel_mistakes(*args))
+    *qkvg, state = strong(11, 130, 6)
+    want = expected(*qkvg, 0 * state)[0]
+    title = say("stability: very strong gates", "稳定性：门控非常强")
+    yield close(title, f(*qkvg), want, FLOAT32, lambda: strong_mistakes(*qkvg))
+
+
+def strong(key, T, D, divisor=1.0, shift=8.0):
+    """inputs() in float32 with every log_g lower by `shift`: exp of a positive difference overflows, in float64 too."""
+    *qkv, log_g, state = inputs(key, T, D, np.float32, divisor)
+    return [*qkv, log_g - np.float32(shift), state]
 
 
 def sees_no_later_token(f, qkvg):
@@ -179,6 +208,7 @@ def parallel_mistakes(q, k, v, log_g, state):
     scale = q.shape[1] ** -0.5
     own = scale * (q * k).sum(1, keepdims=True) * v  # the diagonal
     o = expected(q, k, v, log_g, state)[0]
+    b = np.cumsum(log_g, 0)
     return [
         (
             o - own,
@@ -188,7 +218,41 @@ def parallel_mistakes(q, k, v, log_g, state):
             ),
         ),
         *mistakes(q, k, v, log_g, state)[0],
+        (
+            scale * np.tril(np.einsum("td,sd,tsd->ts", q, k, np.exp(log_g[:, None] - log_g[None]))) @ v,
+            say("Is the exponent made of log_g or of its running sum b?", "指数里用的是 log_g，还是它的累加和 b？"),
+        ),
+        (
+            scale * np.tril((q * np.exp(b)) @ k.T) @ v,
+            say(
+                "Your weight fades from the first token to the reader.  Which gates lie between s and t?",
+                "你的权重从第一个词元一直衰减到读者。s 与 t 之间有哪些门控？",
+            ),
+        ),
     ]
+
+
+def strong_mistakes(q, k, v, log_g):
+    """What comes of exponents that are positive, in float32 and in float64."""
+    after, apart = (
+        say(
+            "Infinity times 0 is not 0: is the mask there before you take exp, or after it?",
+            "无穷大乘以 0 不等于 0：掩码是在取 exp 之前加的，还是之后？",
+        ),
+        say(
+            "exp(-b_s) alone is infinite here: is exp taken of the difference b_t - b_s, or of each part?",
+            "单独的 exp(-b_s) 在这里是无穷大：exp 是对差 b_t - b_s 取的，还是分别取的？",
+        ),
+    )
+    found = []
+    for dtype in (np.float32, np.float64):
+        b = np.cumsum(log_g.astype(dtype), 0)
+        allowed = np.tri(len(b), dtype=dtype)
+        decay = np.exp(b[:, None] - b[None]) * allowed[..., None]
+        found.append((q.shape[1] ** -0.5 * np.einsum("td,sd,tsd->ts", q, k, decay) @ v, after))
+        for masked in (np.tril, lambda weights, allowed=allowed: weights * allowed):
+            found.append((q.shape[1] ** -0.5 * masked((q * np.exp(b)) @ (k * np.exp(-b)).T) @ v, apart))
+    return found
 
 
 @exercise
@@ -196,14 +260,95 @@ def gla_chunk(f):
     args = inputs(8, 37, 6)
     for chunk in (8, 1, 64):
         title = say(f"37 tokens in chunks of {chunk}", f"37 个词元，每块 {chunk} 个")
-        yield from pair(title, f(*args, chunk), args)
+        yield from chunked(title, f(*args, chunk), args, chunk)
     args = inputs(9, 130, 16, np.float32)
-    yield from pair(say("130 tokens in chunks of 32", "130 个词元，每块 32 个"), f(*args, 32), args, FLOAT32)
-    for shift, text in ((0, ""), (8, say(", far stronger gates", "，门控强得多"))):
-        args = inputs(10, 300, 8, np.float32, divisor=1.0)
-        args[3] = args[3] - np.float32(shift)
-        title = say("stability: gate divisor 1, chunks of 128", "稳定性：门控除数 1，每块 128 个") + text
-        yield from pair(title, f(*args, 128), args, FLOAT32)
+    title = say("130 tokens in chunks of 32", "130 个词元，每块 32 个")
+    yield from chunked(title, f(*args, 32), args, 32, FLOAT32)
+    for shift, text in (
+        (0, say("stability: gates without the divisor, chunks of 128", "稳定性：门控不带除数，每块 128 个")),
+        (8, say("stability: very strong gates, chunks of 128", "稳定性：门控非常强，每块 128 个")),
+    ):
+        args = strong(10, 300, 8, shift=shift)
+        yield from chunked(text, f(*args, 128), args, 128, FLOAT32)
+
+
+def chunked(title, got, args, chunk, limit=FLOAT64):
+    """pair(), with the questions of mistakes that only chunks allow."""
+    yield from pair(title, got, args, limit, lambda: chunk_mistakes(*args, chunk))
+
+
+def chunk_mistakes(q, k, v, log_g, state, chunk):
+    """-> mistakes of the outputs, of the last state."""
+    args = (q, k, v, log_g, state)
+    o, states = expected(*args)
+    starts = range(0, len(q), chunk)
+    b = np.vstack([np.cumsum(log_g[start : start + chunk], 0, dtype=np.float64) for start in starts])
+    older = np.repeat([states[start] for start in starts], chunk, axis=0)[: len(q)]  # the state a chunk begins with
+
+    def read(query):
+        return q.shape[1] ** -0.5 * np.einsum("td,tde->te", query, older)
+
+    right, whole = read(q * np.exp(b)), len(q) // chunk * chunk
+    fade = say(
+        "The state is as old as the chunk's start: by what has it faded when token t reads it?",
+        "状态停留在块的开头：到词元 t 读它时，它衰减了多少？",
+    )
+    sign = say(
+        "Your state grows on its way from the chunk's start to token t: which sign has the exponent?",
+        "你的状态从块的开头走到词元 t 时变大了：指数的符号对吗？",
+    )
+    past = say(
+        "What do the tokens of a chunk read of the state that came before it?", "块内的词元从之前的状态里读到了什么？"
+    )
+    scale = say("Is the factor D^-0.5 on both parts of the outputs?", "输出的两部分都乘上系数 D^-0.5 了吗？")
+    rest = say("What becomes of the tokens after the last whole chunk?", "最后一个完整的块之后，剩下的词元怎么办？")
+    wrong = [
+        (o - right + read(q), states[-1], fade),
+        (o - right + read(q * np.exp(-b)), states[-1], sign),
+        (o - right, states[-1], past),
+        (np.vstack([o[:chunk], (o - right)[chunk:]]), hand_on(args, chunk, lambda *new: new[2])[1], past),
+        (o - right + q.shape[1] ** 0.5 * right, states[-1], scale),
+        (np.vstack([o[:whole], 0 * o[whole:]]), states[whole], rest),
+        (
+            *hand_on(args, chunk, lambda old, new, inner, k, v: new - inner + k.T @ v),
+            say(
+                "A key that was written early in the chunk has faded by the chunk's end: by what?",
+                "块内较早写入的键，到块的末尾已经衰减：衰减了多少？",
+            ),
+        ),
+        (
+            *hand_on(args, chunk, lambda old, new, inner, k, v: old + inner),
+            say("Through a whole chunk the old state fades, too: by what?", "穿过整个块时，旧状态也要衰减：衰减多少？"),
+        ),
+        (
+            *hand_on(args, chunk, lambda old, new, inner, k, v: inner),
+            say("What becomes of the state that the chunk was given?", "传给这一块的状态去哪了？"),
+        ),
+        (
+            *hand_on(args, chunk, lambda old, new, inner, k, v: new, late=True),
+            say(
+                "Which state do a chunk's outputs read: the one before the chunk, or the one after it?",
+                "块的输出读的是块之前的状态，还是块之后的状态？",
+            ),
+        ),
+    ]
+    return [(o, question) for o, _, question in wrong], [(last, question) for _, last, question in wrong]
+
+
+def hand_on(args, chunk, new_state, late=False):
+    """-> o, the last state, if a chunk hands on new_state(old, right, what it wrote itself, k, v).
+
+    late: the outputs read the state that the chunk leaves, not the one that it was given.
+    """
+    *tokens, state = [np.asarray(x, np.float64) for x in args]
+    outputs = []
+    for start in range(0, len(tokens[0]), chunk):
+        q, k, v, log_g = (x[start : start + chunk] for x in tokens)
+        o, states = expected(q, k, v, log_g, state)
+        inner = expected(q, k, v, log_g, 0 * state)[1][-1]
+        state = new_state(state, states[-1], inner, k, v)
+        outputs.append(expected(q, k, v, log_g, state)[0] if late else o)
+    return np.vstack(outputs), state
 
 
 # --- the picture -----------------------------------------------------------------------------------

@@ -29,13 +29,14 @@ CONVENTIONS = (
     ),
 )
 FLOAT64 = Limit(1e-12, right=1e-14, wrong=0.3)
+BOUNDS = spike.VTH_MIN, spike.VTH_MAX
 BE = Backend(1)
 
 
 def expected_threshold(x, k, rms=None):
     rms = "root mean square" in flipped(CONVENTIONS) if rms is None else rms
     if rms:
-        return np.clip(np.sqrt((x * x).mean(-1, keepdims=True)) / k, spike.VTH_MIN, spike.VTH_MAX)
+        return np.clip(np.sqrt((x * x).mean(-1, keepdims=True)) / k, *BOUNDS)
     return spike.threshold(BE, x, k)
 
 
@@ -60,6 +61,10 @@ def threshold(f):
     extreme = np.array([[0.0, 0.0, 0.0], [1e-9, -2e-9, 3e-9], [3e5, -1e5, 2e5], [1.0, -2.0, 4.0]])
     title = say("an empty token, a tiny one, a huge one", "全零的、极小的、极大的词元")
     question = say("Is Vth kept between 1e-5 and 1e4?", "Vth 是否限制在 1e-5 与 1e4 之间？")
+    before = say(
+        "Vth itself stays between 1e-5 and 1e4.  Do you bound it, or the mean before it is divided by k?",
+        "要限制在 1e-5 与 1e4 之间的是 Vth 本身。你限制的是它，还是除以 k 之前的均值？",
+    )
     want = expected_threshold(extreme, 3.0)
     got = np.asarray(f(extreme, 3.0))
     ratio = got / want if got.shape == want.shape else got
@@ -68,12 +73,13 @@ def threshold(f):
         ratio,
         np.ones_like(want),
         FLOAT64,
-        lambda: [(ratio, question)],
+        lambda: [(expected_threshold(extreme, 1.0) / 3.0 / want, before), (ratio, question)],
     )
 
 
 def threshold_mistakes(x, k, want):
     other = expected_threshold(x, k, rms="root mean square" not in flipped(CONVENTIONS))
+    negative = say("What happens to negative activations in your mean?", "求均值时负的激活值怎么办？")
     return [
         (
             np.full_like(want, np.abs(x).mean() / k),
@@ -86,9 +92,15 @@ def threshold_mistakes(x, k, want):
             np.abs(x.mean(1, keepdims=True)) / k,
             say("Is the magnitude taken before the mean or after it?", "绝对值是在求均值之前取，还是之后？"),
         ),
+        (x.mean(1, keepdims=True) / k, negative),
+        (np.clip(x.mean(1, keepdims=True) / k, *BOUNDS), negative),
         (
-            x.mean(1, keepdims=True) / k,
-            say("What happens to negative activations in your mean?", "求均值时负的激活值怎么办？"),
+            np.abs(x).sum(1, keepdims=True) / k,
+            say("Is that the mean over the channels, or their sum?", "这是对通道求的均值，还是总和？"),
+        ),
+        (
+            np.abs(x).max(1, keepdims=True) / k,
+            say("Is that the mean over the channels, or the largest?", "这是对通道求的均值，还是最大值？"),
         ),
         (want * k, say("Where does k enter?", "k 用在哪里？")),
         (want * k * k, say("Is k a factor or a divisor?", "k 是乘数还是除数？")),
@@ -135,6 +147,10 @@ def count_mistakes(x, vth):
         (np.abs(np.rint(ratio)), say("Where is the sign?", "符号去哪了？")),
         (np.clip(np.rint(ratio), 0, None), say("What becomes of negative activations?", "负的激活值怎么办？")),
         (
+            np.rint(x / vth[:1]),
+            say("Does every token use a threshold of its own?", "每个词元用的都是自己的阈值吗？"),
+        ),
+        (
             np.rint(ratio) * vth,
             say("That is count * Vth.  Which of the two is asked for?", "这是 计数 × Vth。题目要的是哪一个？"),
         ),
@@ -175,6 +191,10 @@ def neuron_mistakes(x, vth, steps, v0):
     reached = (v0 + x) / vth
     hard = adaptive_neuron(np.minimum(x + v0, vth), vth, steps, 0 * vth)
     strict = first < np.ceil(reached) - 1
+    again, potential = [], v0 + 0 * x
+    for _ in range(steps):
+        again.append(potential + x >= vth)
+        potential = potential + x - vth * again[-1]
     late = np.concatenate([0 * hard[:1], adaptive_neuron(x, vth, steps, v0)[:-1]])
     return [
         (
@@ -184,6 +204,7 @@ def neuron_mistakes(x, vth, steps, v0):
         (strict, say("What happens where the potential is exactly Vth?", "电位恰好等于 Vth 时会怎样？")),
         (adaptive_neuron(x, vth, steps, 0 * vth), say("Where does v0 enter?", "v0 用在哪里？")),
         (late, say("Has the input arrived before the first step or after it?", "输入在第一步之前到达，还是之后？")),
+        (again, say("Does the input come again in every step, or once?", "输入是每一步都来一次，还是只来一次？")),
         ((reached >= 1) & (first >= 0), say("Does a spike cost anything?", "发放一次脉冲有没有代价？")),
     ]
 
@@ -263,12 +284,15 @@ def show(student, plt):
     x = tokens(6, 1, CHANNELS)
     vth = expected_threshold(x, 2.0)
     reference = adaptive_neuron(x, vth, STEPS, vth / 2)[:, 0]
-    magnitude = student("simulate_neuron")(np.abs(x), vth, STEPS, vth / 2)
-    yours = (np.asarray(magnitude) * np.sign(x))[:, 0]
+    try:
+        magnitude = np.asarray(student("simulate_neuron")(np.abs(x), vth, STEPS, vth / 2))
+        yours, title = (magnitude * np.sign(x))[:, 0], "your spikes of one token"
+    except StudentFailed as failed:
+        yours, title = 0 * reference, f"simulate_neuron: {failed.kind}"
     if plt is None:
-        return side_by_side([("your spikes (channels down, time across)", yours.T), ("reference", reference.T)])
+        return side_by_side([(f"{title} (channels down, time across)", yours.T), ("reference", reference.T)])
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    raster(axes[0], yours, "your spikes of one token\n(crosses: -1)", STUDENT)
+    raster(axes[0], yours, f"{title}\n(crosses: -1)", STUDENT)
     raster(axes[1], reference, "reference\n", REFERENCE)
     draw_shares(axes[2], *_student_or_reference(student))
     return figure

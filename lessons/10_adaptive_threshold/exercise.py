@@ -3,7 +3,7 @@
 #
 # N tokens of C channels: x is (N,C).  Two conventions hold in all four functions:
 #
-#     Vth = mean |x| / k over the channels of a token, kept between 1e-5 and 1e4
+#     Vth = mean |x| / k over the channels of a token, kept between 1e-5 and 1e4 (after the division)
 #     count = x / Vth rounded to a whole number; a tie (1.5, 2.5) goes to the even one
 #
 # Replace each `raise` by your code; helpers may go in the same cell.

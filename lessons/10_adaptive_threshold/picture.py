@@ -27,7 +27,7 @@ def main():
         axes[0].axvline(n * vth[0, 0], color=STUDENT, lw=0.5 + (n in (-1, 1)), alpha=0.9 if n in (-1, 1) else 0.35)
     for channel, count in zip(channels, counts, strict=True):
         axes[0].text(6.4 * vth[0, 0], channel, f"{count:+d}" if count else "0", va="center", fontsize=8)
-    axes[0].set_xlim(-6 * vth[0, 0], 7.3 * vth[0, 0])
+    axes[0].set_xlim(-6.6 * vth[0, 0], 7.3 * vth[0, 0])
     axes[0].set_ylim(-0.7, CHANNELS - 0.3)
     axes[0].set_title("one token: activations, multiples of Vth,\nand the counts at the right")
     axes[0].set_ylabel("channel")

@@ -26,7 +26,7 @@ CONVENTIONS = (
         "二值码和三值码的脉冲排在序列末尾，而不是开头",
     ),
 )
-WRITTEN = ("binary", "ternary", "bitwise", "twos_complement")
+WRITTEN = codes.CODES
 
 
 def in_order(spikes, code):
@@ -71,12 +71,37 @@ def encoder_mistakes(counts, code, steps, want):
             ),
         ),
         (np.abs(want), say("Where is the sign?", "符号去哪了？")),
+        (
+            want * (counts > 0) if code in codes.SIGNED else counts[None],
+            say("What becomes of negative counts?", "负的脉冲数怎么办？"),
+        ),
+        (
+            want << time if code not in codes.RATE else counts[None],
+            say(
+                "That is what the bits are worth (1, 2, 4, ...).  How do you get the bit itself, 0 or 1?",
+                "这是各位的价值（1、2、4……）。怎样得到那一位本身，0 或 1？",
+            ),
+        ),
+        (
+            np.sign(counts) * (time < np.abs(counts)) if code not in codes.RATE else counts[None],
+            say(
+                "That is a rate code: a spike for each unit.  Here the spike of step t is bit t.",
+                "这是每个单位发一个脉冲的码。在这里，第 t 步的脉冲是第 t 位。",
+            ),
+        ),
+        (
+            counts >> time & 1 if code == "bidirectional" else counts[None],
+            say(
+                "Those are the bits of the count itself (two's complement).  Bits of what are asked for here?",
+                "这是脉冲数本身的各位（补码）。这里要的是谁的各位？",
+            ),
+        ),
         (time <= np.abs(counts), say("How many spikes has a count of 0?", "计数为 0 时有几个脉冲？")),
         (
             bits * sign,
             say(
-                "That is the bidirectional code: sign times bits.  How are negative numbers stored in a computer?",
-                "这是双向码：符号乘以各位。计算机里的负数是怎样存的？",
+                "That is the bidirectional code, sign times bits.  How are negative numbers stored in a computer?",
+                "这是双向按位码，符号乘以各位。计算机里的负数是怎样存的？",
             ),
         ),
         (bits, say("What are the bits of -1 modulo 2^steps?", "-1 对 2^steps 取模之后，各位是什么？")),
@@ -103,6 +128,11 @@ def encode_ternary(f):
 @exercise
 def encode_bitwise(f):
     yield from check_encoder(f, "bitwise")
+
+
+@exercise
+def encode_bidirectional(f):
+    yield from check_encoder(f, "bidirectional")
 
 
 @exercise
@@ -160,16 +190,21 @@ def event_matmul(f):
         if failed:
             yield failed
             return
-        small = (counts.astype(np.int8) @ w.T).astype(np.int8)
+        narrow = say("Sums of int8 leave int8: where do you widen?", "int8 的和会超出 int8：在哪里换成更宽的类型？")
+        worth, in_steps = codes.step_values(code, 9), (plain @ w.T).astype(np.int64)  # a product of int8 stays in int8
+        weighted = (plain * worth[:, None, None]).astype(np.int8)  # worth times spikes, kept in a byte
+        int8_sums = (
+            (counts.astype(np.int8) @ w.T).astype(np.int8),
+            np.tensordot(worth, in_steps, 1),
+            (weighted @ w.T).astype(np.int64).sum(0),
+            weighted.astype(np.int64).sum(0) @ w.T.astype(np.int64),
+        )
         yield exact(
             say(f"{code}: y is counts w^T", f"{code}：y 等于 counts w^T"),
             got[0],
             want,
             [
-                (
-                    small,
-                    say("Sums of int8 leave int8: where do you widen?", "int8 的和会超出 int8：在哪里换成更宽的类型？"),
-                ),
+                *((wrong, narrow) for wrong in int8_sums),
                 (
                     spikes.sum(0).astype(np.int64) @ w.T,
                     say("What is a step worth in this code?", "在这种码里，一步值多少？"),
@@ -182,7 +217,10 @@ def event_matmul(f):
             got[1],
             additions,
             [
-                (int(spikes.sum()), say("Does a spike of -1 cost an addition, too?", "-1 的脉冲也要算一次加法吗？")),
+                *(
+                    (wrong, say("Does a spike of -1 cost an addition, too?", "-1 的脉冲也要算一次加法吗？"))
+                    for wrong in (int(spikes.sum()), int((spikes > 0).sum()))
+                ),
                 (
                     additions * len(w),
                     say("A whole column of w counts as one addition here.", "这里 w 的一整列算一次加法。"),
@@ -217,7 +255,7 @@ def show(student, plt):
         return side_by_side(
             p for code, note, got, want in pairs for p in ((f"{code}, {note}", got.T), ("reference", want.T))
         )
-    figure, axes = plt.subplots(2, 4, figsize=(11, 5), layout="constrained")
+    figure, axes = plt.subplots(2, 5, figsize=(13, 5), layout="constrained")
     for column, (code, note, got, want) in zip(axes.T, pairs, strict=True):
         raster(column[0], got, f"{code}\n{note}", STUDENT)
         raster(column[1], want, f"reference: {np.count_nonzero(want)} spikes", REFERENCE)

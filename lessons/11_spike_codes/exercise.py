@@ -4,7 +4,7 @@
 # counts have any shape (...); spikes are (steps, ...): time is the first axis.  Two conventions:
 #
 #     binary and ternary: the first |count| steps fire, the others are silent
-#     bitwise and two's complement: bit t travels at step t (lowest bit first)
+#     bitwise, bidirectional and two's complement: bit t travels at step t (lowest bit first)
 #
 # `steps` is always large enough.  Replace each `raise` by your code; helpers may go in the same cell.
 
@@ -30,6 +30,12 @@ def encode_bitwise(counts, steps):
     raise NotImplementedError("encode_bitwise")
 
 
+# %% encode_bidirectional
+def encode_bidirectional(counts, steps):
+    """counts (...) of both signs -> spikes (steps, ...), each -1, 0 or 1: the bits of |count| with the count's sign."""
+    raise NotImplementedError("encode_bidirectional")
+
+
 # %% encode_twos_complement
 def encode_twos_complement(counts, steps):
     """counts (...) from -2^(steps-1) to 2^(steps-1) - 1 -> spikes (steps, ...), each 0 or 1.
@@ -44,7 +50,7 @@ def encode_twos_complement(counts, steps):
 def decode(spikes, code):
     """spikes (steps, ...) -> counts (...), whole numbers.
 
-    code: "binary", "ternary", "bitwise" or "twos_complement".
+    code: "binary", "ternary", "bitwise", "bidirectional" or "twos_complement".
     """
     raise NotImplementedError("decode")
 

@@ -22,7 +22,7 @@ def main():
         raster(ax, encode(counts, code, steps), f"{code}\n{steps} steps, {spikes} spikes")
         ax.set_yticks(range(len(counts)), counts)
         ax.set_ylabel("count")
-        ax.set_xticks(range(1, steps + 1, 1 if steps < 6 else 2))
+        ax.set_xticks(range(0, steps, 1 if steps < 6 else 2))
     figure.savefig(Path(__file__).with_name("picture.png"))
 
 

@@ -149,6 +149,10 @@ def encode_bitwise(counts, steps):
     return codes.encode(counts, "bitwise", steps)
 
 
+def encode_bidirectional(counts, steps):
+    return codes.encode(counts, "bidirectional", steps)
+
+
 def encode_twos_complement(counts, steps):
     return codes.encode(counts, "twos_complement", steps)
 
@@ -168,7 +172,7 @@ def flip_11(flips):
 
     encoders = {
         f"encode_{code}": lambda counts, steps, code=code: turned(codes.encode(counts, code, steps), code)
-        for code in ("binary", "ternary", "bitwise", "twos_complement")
+        for code in codes.CODES
     }
     return {
         **encoders,
@@ -186,7 +190,15 @@ LESSONS = {
         ("minisb/ops/spike.py", "minisb/ops/neuron.py"),
     ),
     "11": (
-        (encode_binary, encode_ternary, encode_bitwise, encode_twos_complement, decode, event_matmul),
+        (
+            encode_binary,
+            encode_ternary,
+            encode_bitwise,
+            encode_bidirectional,
+            encode_twos_complement,
+            decode,
+            event_matmul,
+        ),
         flip_11,
         ("minisb/ops/codes.py",),
     ),

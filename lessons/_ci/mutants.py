@@ -125,6 +125,68 @@ def _(q, k, v, log_g):
     return q.shape[1] ** -0.5 * weights @ v
 
 
+@mutant("04", "gla_parallel")
+def _(q, k, v, log_g):
+    """the mask comes after the exponential: infinity times zero at strong gates"""
+    b = log_g.cumsum(0)
+    with np.errstate(all="ignore"):
+        decay = np.exp(b[:, None] - b[None]) * np.tri(len(b))[..., None]
+        return q.shape[1] ** -0.5 * np.einsum("td,sd,tsd->ts", q, k, decay) @ v
+
+
+@mutant("04", "gla_parallel")
+def _(q, k, v, log_g):
+    """exp(b_t) times exp(-b_s): overflows at strong gates"""
+    b = log_g.cumsum(0)
+    with np.errstate(all="ignore"):
+        return q.shape[1] ** -0.5 * np.tril((q * np.exp(b)) @ (k * np.exp(-b)).T) @ v
+
+
+@mutant("04", "gla_step")
+def _(q, k, v, log_g, state):
+    """k * v instead of the outer product"""
+    return right.gla_step(q, np.ones_like(k), k * v, log_g, state)
+
+
+@mutant("04", "gla_step")
+def _(q, k, v, log_g, state):
+    """the new state comes transposed"""
+    o, new = right.gla_step(q, k, v, log_g, state)
+    return o, new.T
+
+
+@mutant("04", "gla_chunk")
+def _(q, k, v, log_g, state, chunk):
+    """older tokens are read without exp(b) on the query"""
+    return read_older(q, k, v, log_g, state, chunk, lambda b: np.ones_like(b))
+
+
+@mutant("04", "gla_chunk")
+def _(q, k, v, log_g, state, chunk):
+    """older tokens are read with exp(-b) on the query"""
+    return read_older(q, k, v, log_g, state, chunk, lambda b: np.exp(-b))
+
+
+def read_older(q, k, v, log_g, state, chunk, factor):
+    """gla_chunk whose queries read the state with factor(b) instead of exp(b)."""
+    outputs = []
+    for start in range(0, len(q), chunk):
+        at = slice(start, start + chunk)
+        tokens = (q[at], k[at], v[at], log_g[at])
+        with np.errstate(all="ignore"):
+            older = q.shape[1] ** -0.5 * (q[at] * factor(log_g[at].cumsum(0))) @ state
+        outputs.append(right.gla_recurrent(*tokens, 0 * state)[0] + older)
+        state = right.gla_recurrent(*tokens, state)[1]
+    return np.vstack(outputs), state
+
+
+@mutant("04", "gla_chunk")
+def _(q, k, v, log_g, state, chunk):
+    """only whole chunks come back: the outputs are too short"""
+    whole = max(len(q) // chunk, 1) * chunk
+    return right.gla_chunk(q[:whole], k[:whole], v[:whole], log_g[:whole], state, chunk)
+
+
 @mutant("04", "gla_chunk")
 def _(q, k, v, log_g, state, chunk):
     """k is divided by the decay, q multiplied with it: overflows at strong gates"""

@@ -25,6 +25,18 @@ def _(x, k):
 
 @mutant("10", "threshold")
 def _(x, k):
+    """the mean of x, kept above the lower bound"""
+    return np.clip(x.mean(1, keepdims=True) / k, 1e-5, 1e4)
+
+
+@mutant("10", "threshold")
+def _(x, k):
+    """the mean is bounded before it is divided by k"""
+    return right.threshold(x, 1) / k
+
+
+@mutant("10", "threshold")
+def _(x, k):
     """times k instead of divided by it"""
     return right.threshold(x, 1 / k)
 
@@ -202,6 +214,38 @@ def _(counts, steps):
     return right.encode_binary(np.maximum(counts, 0), steps)
 
 
+@mutant("11", "encode_bidirectional")
+def _(counts, steps):
+    """without the sign"""
+    return np.abs(right.encode_bidirectional(counts, steps))
+
+
+@mutant("11", "encode_bidirectional")
+def _(counts, steps):
+    """the bits of the count itself: two's complement"""
+    return right.encode_twos_complement(counts, steps)
+
+
+@mutant("11", "encode_bidirectional")
+def _(counts, steps):
+    """only the highest bit carries the sign"""
+    spikes = right.encode_bitwise(np.abs(counts), steps)
+    highest = steps - 1 - np.argmax(spikes[::-1], axis=0)
+    return np.where((np.arange(steps).reshape(-1, *[1] * counts.ndim) == highest) & (counts < 0), -spikes, spikes)
+
+
+@mutant("11", "encode_bidirectional")
+def _(counts, steps):
+    """as many spikes as the count"""
+    return right.encode_ternary(np.clip(counts, -steps, steps), steps)
+
+
+@mutant("11", "encode_bitwise")
+def _(counts, steps):
+    """what the bits are worth instead of the bits"""
+    return counts & (1 << np.arange(steps).reshape(-1, *[1] * counts.ndim))
+
+
 @mutant("11", "encode_bitwise")
 def _(counts, steps):
     """highest bit first"""
@@ -276,6 +320,21 @@ def _(spikes, w, code):
     """sums in int8 wrap round"""
     y, additions = right.event_matmul(spikes, w, code)
     return y.astype(np.int8), additions
+
+
+@mutant("11", "event_matmul")
+def _(spikes, w, code):
+    """the columns of a step are added up in int8"""
+    steps = [right.event_matmul(one[None], w, "ternary")[0].astype(np.int8) for one in spikes]
+    worth = codes.step_values(code, len(spikes))
+    return np.tensordot(worth, np.stack(steps).astype(np.int64), 1), int(np.abs(spikes.astype(int)).sum())
+
+
+@mutant("11", "event_matmul")
+def _(spikes, w, code):
+    """the outputs come transposed"""
+    y, additions = right.event_matmul(spikes, w, code)
+    return y.T, additions
 
 
 @mutant("11", "event_matmul")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lessons._lib.calls import StudentFailed
+from lessons._lib.calls import StudentFailed, time_limit, used_by
 from lessons._lib.checks import Report, Result
 from lessons._lib.language import language, say
 
 LESSONS = Path(__file__).resolve().parents[1]
 #: Modules that no exercise may use: they map exercises to answers.
 ANSWERS = ("lessons._ci",)
+SECONDS = float(os.environ.get("MINISB_SECONDS", 15))  # for all calls of one check together
 
 
 class LessonError(Exception):
@@ -86,11 +88,19 @@ def lesson(number: str) -> Lesson:
     raise LessonError(say(f"there is no lesson {number}; there are {there}.", f"没有第 {number} 课；现有 {there}。"))
 
 
-def check_lesson(found: Lesson, functions: dict):
+def check_lesson(found: Lesson, functions):
     """Yield the Report of each exercise.  functions: name -> callable, or a StudentFile."""
+    broken = []
     for name in found.functions():
-        given = functions.get(name) if isinstance(functions, dict) else functions.function(name)
-        yield getattr(found.check, name)(given or _missing(name))
+        if isinstance(functions, dict):
+            given, uses = functions.get(name), lambda name: used_by(functions.get(name), functions)
+        else:
+            given, uses = functions.function(name), functions.used_by
+        report = getattr(found.check, name)(given or _missing(name))
+        if not report.passed:
+            report.waits_for = next((earlier for earlier in broken if earlier in uses(name)), "")
+            broken.append(name)
+        yield report
 
 
 def _missing(name):
@@ -102,9 +112,29 @@ def _missing(name):
 
 
 def check_notebook(number: str, name: str, namespace: dict) -> Report:
-    """For graders that run a notebook: the report of the function `name` among its variables."""
-    found = lesson(number)
-    return getattr(found.check, name)(namespace.get(name) or _missing(name))
+    """The report of the function `name` among a notebook's variables, stopped if it takes too long."""
+    found, given, report = lesson(number), namespace.get(name), Report(name)
+    try:
+        with time_limit(SECONDS):
+            report = getattr(found.check, name)(given if callable(given) else _missing(name))
+    except StudentFailed as failed:
+        report.results.append(Result(failed.title(), False, failed.text))
+    if not report.passed:
+        earlier = found.functions()[: found.functions().index(name)]
+        used = used_by(given, namespace)
+        broken = (n for n in earlier if n in used and not check_notebook(number, n, namespace).passed)
+        report.waits_for = next(broken, "")
+    return report
 
 
-__all__ = ["LESSONS", "Lesson", "LessonError", "Report", "Result", "check_lesson", "lesson", "lessons"]
+__all__ = [
+    "LESSONS",
+    "Lesson",
+    "LessonError",
+    "Report",
+    "Result",
+    "check_lesson",
+    "check_notebook",
+    "lesson",
+    "lessons",
+]

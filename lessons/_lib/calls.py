@@ -6,8 +6,12 @@ in graders the function lives in a process of its own (lessons/_lib/sandbox.py).
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
+import threading
 import traceback
+import types
 
 import numpy as np
 
@@ -73,6 +77,58 @@ def call_carefully(function, args):
                 ),
             )
     return value
+
+
+class TimeIsUp(BaseException):
+    """Raised in the middle of the student's code; no `except Exception` of theirs holds it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """StudentFailed("slow") if what is inside takes longer; for graders without a process for the student.
+
+    Needs the main thread of a system with alarms (Linux, macOS); elsewhere there is no limit.
+    """
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_):
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except TimeIsUp:
+        raise too_slow(seconds) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def too_slow(seconds: float) -> StudentFailed:
+    text = say(
+        f"stopped after {seconds:g} s.  Which loop never ends, or works too often?",
+        f"{seconds:g} 秒后被停止。哪个循环不会结束，或者做了太多次？",
+    )
+    return StudentFailed("slow", text)
+
+
+def used_by(function, among: dict) -> set[str]:
+    """Names of the functions of `among` that function refers to, itself or through another one of them."""
+    found, open_ones = set(), [getattr(function, "__code__", None)]
+    while open_ones:
+        code = open_ones.pop()
+        if not isinstance(code, types.CodeType):
+            continue
+        open_ones += code.co_consts  # loops in brackets and inner functions are code of their own
+        for name in set(code.co_names) - found:
+            inner = getattr(among.get(name), "__code__", None)
+            if isinstance(inner, types.CodeType):
+                found.add(name)
+                open_ones.append(inner)
+    return found
 
 
 def describe(error: BaseException) -> str:

@@ -68,12 +68,18 @@ class Report:
     name: str
     results: list = field(default_factory=list)
     written: bool = True
+    waits_for: str = ""  # an earlier function that this one calls and that does not pass yet
 
     @property
     def passed(self) -> bool:
         return self.written and bool(self.results) and all(r.passed for r in self.results)
 
     def __str__(self):
+        if self.waits_for:
+            return f"{self.name}: " + say(
+                f"waits for {self.waits_for}, which it calls and which does not pass yet",
+                f"在等 {self.waits_for}：它调用了 {self.waits_for}，而后者还没有通过",
+            )
         if not self.written:
             return f"{self.name}: " + say("not written yet", "还没有写")
         state = say("passes", "通过") if self.passed else say("not right yet", "还不对")
@@ -124,7 +130,7 @@ def close(title, got, expected, limit: Limit, mistakes=()) -> Result:
     lines = [say(f"error {error:.2g}; ", f"误差 {error:.2g}；") + str(limit)]
     scale = np.sqrt((expected**2).mean())
     lines += _first_difference(got, expected, np.abs(got - expected) <= limit.value * scale)
-    lines += _question(got, mistakes, 10 * limit.value)
+    lines += _question(got, expected, mistakes, 10 * limit.value)
     return Result(title, False, "\n".join(lines), error, limit)
 
 
@@ -142,7 +148,7 @@ def exact(title, got, expected, mistakes=()) -> Result:
         say(f"{share:.0%} of the entries differ; whole numbers must be equal", f"{share:.0%} 的元素不同；整数必须相等")
     ]
     lines += _first_difference(got, expected, same)
-    lines += _question(got, mistakes, 0.0)
+    lines += _question(got, expected, mistakes, 0.0)
     return Result(title, False, "\n".join(lines), share)
 
 
@@ -188,11 +194,28 @@ def _kind(title, got, expected) -> Result | None:
         return Result(title, False, text, float("inf"))
     if got.shape != expected.shape:
         text = say(
-            f"expected shape {expected.shape}, came {got.shape}.  Which axis is summed, which one stays?",
-            f"形状应为 {expected.shape}，得到 {got.shape}。哪个轴被求和，哪个轴保留？",
+            f"expected shape {expected.shape}, came {got.shape}.  ", f"形状应为 {expected.shape}，得到 {got.shape}。"
         )
-        return Result(title, False, text, float("inf"))
+        return Result(title, False, text + _shape_question(got.shape, expected.shape), float("inf"))
     return None
+
+
+def _shape_question(got: tuple, expected: tuple) -> str:
+    if sorted(got) == sorted(expected):
+        return _turned()
+    if len(got) == len(expected) > 0 and got[1:] == expected[1:] and 0 < got[0] < expected[0]:
+        return say(
+            "Which rows are missing?  Is the last piece shorter than the others?",
+            "少了哪几行？最后一段是不是比别的短？",
+        )
+    return say("Which axis is summed, which one stays?", "哪个轴被求和，哪个轴保留？")
+
+
+def _turned() -> str:
+    return say(
+        "The axes are in another order: which one comes first in the docstring?",
+        "轴的次序不对：文档字符串里哪个轴在最前？",
+    )
 
 
 def _first_difference(got, expected, same) -> list[str]:
@@ -211,14 +234,16 @@ def _number(x) -> str:
     return f"{float(x):.6g}"
 
 
-def _question(got, mistakes, limit: float) -> list[str]:
+def _question(got, expected, mistakes, limit: float) -> list[str]:
     """The question of the mistake that would give exactly this, if one of them does."""
     with np.errstate(all="ignore"):
         mistakes = mistakes() if callable(mistakes) else mistakes
     for wrong, question in mistakes:
         wrong = np.asarray(wrong, np.float64)
-        if wrong.shape == got.shape and np.allclose(got, wrong, rtol=limit, atol=limit):
+        if wrong.shape == got.shape and np.allclose(got, wrong, rtol=limit, atol=limit, equal_nan=True):
             return [question]
+    if got.ndim > 1 and got.T.shape == got.shape and np.allclose(got.T, expected, rtol=limit, atol=limit):
+        return [_turned()]
     if not np.isfinite(got).all():
         return [say("It is not finite: which exponent can grow without bound?", "结果不是有限数：哪个指数会无界增长？")]
     return [

@@ -152,15 +152,36 @@ def check(args) -> int:
     if not found.functions():
         return found.check.run()
     path = desk.need(found)
-    code = check_file(found, path)
-    while args.watch:
-        seen = path.stat().st_mtime
-        print(say("\nwaiting for the next save (Ctrl-C ends)", "\n等待下一次保存（Ctrl-C 结束）"), flush=True)
-        while path.exists() and path.stat().st_mtime == seen:
-            time.sleep(0.3)
-        print("\033[2J\033[H" if sys.stdout.isatty() else "", end="")
-        code = check_file(found, desk.need(found))
-    return code
+    return watch(found, path) if args.watch else check_file(found, path)
+
+
+def watch(found: Lesson, path) -> int:
+    """Check at every save, until Ctrl-C -> the last result."""
+    code = NOT_YET
+    try:
+        while True:
+            seen = stamp(path)  # before the check: a save during it is not missed
+            try:
+                code = check_file(found, path)
+            except LessonError as error:
+                code = BAD_INPUT
+                print(f"error: {error}")
+            print(say("\nwaiting for the next save (Ctrl-C ends)", "\n等待下一次保存（Ctrl-C 结束）"), flush=True)
+            while stamp(path) in (seen, None):
+                time.sleep(0.3)
+            print("\033[2J\033[H" if sys.stdout.isatty() else "", end="")
+    except KeyboardInterrupt:
+        print()
+        return code
+
+
+def stamp(path):
+    """Changes when the file is saved.  None while it is away: some editors put a new file in its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def check_file(found: Lesson, path) -> int:
@@ -191,7 +212,16 @@ def check_file(found: Lesson, path) -> int:
 
 
 def open_student(found: Lesson, path) -> StudentFile:
-    return StudentFile(path.read_text(encoding="utf-8"), str(path), found.refused())
+    return StudentFile(read(path), str(path), found.refused())
+
+
+def read(path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LessonError(
+            say(f"{path} cannot be read as UTF-8 text: {error}", f"{path} 不能按 UTF-8 文本读取：{error}")
+        ) from None
 
 
 def hint(args) -> int:
@@ -218,13 +248,17 @@ def show(args) -> int:
     source = ""
     if found.functions():
         path = desk.need(found)
-        source = path.read_text(encoding="utf-8")
+        source = read(path)
         print(say("showing ", "正在画出 ") + str(path))
     with StudentFile(source, f"{found.number}.py", found.refused()) as student:
         try:
             drawn = found.check.show(student.function, plt)
         except StudentFailed as failed:
             print(failed.title() + (f"\n{failed.text}" if failed.text else ""))
+            return NOT_YET
+        except (ValueError, TypeError, IndexError):  # an array of another shape, say
+            command = f"python -m lessons check {found.number}"
+            print(say(f"what came cannot be drawn; {command} says more", f"得到的结果画不出来；详情见 {command}"))
             return NOT_YET
     if plt is None:
         print(drawn)

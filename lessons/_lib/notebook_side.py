@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lessons._lib import pictures
-from lessons._lib.book import lesson
-from lessons._lib.calls import StudentFailed, careful
+from lessons._lib.book import SECONDS, check_notebook, lesson
+from lessons._lib.calls import StudentFailed, careful, time_limit
 from lessons._lib.language import say
 
 
@@ -24,7 +24,8 @@ class Notebook:
         """The picture of the lesson; text where there is no matplotlib or a function is not written."""
         plt = pictures.pyplot()
         try:
-            drawn = self.lesson.check.show(self.function, plt)
+            with time_limit(SECONDS):
+                drawn = self.lesson.check.show(self.function, plt)
         except StudentFailed as failed:
             print(failed.title())
             return None
@@ -43,7 +44,18 @@ class Notebook:
         print(say("written: ", "已写入：") + str(Path(path).resolve()))
 
 
+class Checks:
+    """check.gla_step(gla_step) -> Report, stopped if it takes too long."""
+
+    def __init__(self, number: str, namespace: dict):
+        self._number, self._namespace = number, namespace
+
+    def __getattr__(self, name: str):
+        if name not in lesson(self._number).functions():
+            raise AttributeError(name)
+        return lambda function: check_notebook(self._number, name, {**self._namespace, name: function})
+
+
 def open_lesson(number: str, namespace: dict):
     """-> the notebook's own commands, the lesson's checks."""
-    made = Notebook(number, namespace)
-    return made, made.lesson.check
+    return Notebook(number, namespace), Checks(number, namespace)

@@ -55,13 +55,13 @@ def heat(axes, image, title: str, x: str, y: str, **kwargs):
 
 
 def raster(axes, spikes, title: str, colour: str = "black"):
-    """spikes (steps, channels): a tick for each spike of +1, a red cross for each of -1."""
+    """spikes (steps, channels): steps counted from 0; a tick for each spike of +1, a red cross for each of -1."""
     spikes = np.asarray(spikes)
     for sign, marker, size, ink in ((1, "|", 60, colour), (-1, "x", 22, "#dc2626")):
         step, channel = np.nonzero(spikes == sign)
-        axes.scatter(step + 1, channel, marker=marker, s=size, linewidths=1.6, color=ink)
+        axes.scatter(step, channel, marker=marker, s=size, linewidths=1.6, color=ink)
     axes.set_title(title)
     axes.set_xlabel("time step")
     axes.set_ylabel("channel")
-    axes.set_xlim(0.3, spikes.shape[0] + 0.7)
+    axes.set_xlim(-0.7, spikes.shape[0] - 0.3)
     axes.set_ylim(-0.7, spikes.shape[1] - 0.3)

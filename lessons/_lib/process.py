@@ -16,7 +16,7 @@ import types
 import numpy as np
 
 from lessons._lib import guard, wire
-from lessons._lib.calls import StudentFailed, call_carefully, describe
+from lessons._lib.calls import StudentFailed, call_carefully, describe, used_by
 from lessons._lib.language import say
 
 
@@ -35,6 +35,7 @@ def main():
     sys.modules["student"] = student
     try:
         load(student, settings["name"], settings["source"])
+        answer = {"uses": wire.pack(uses(student))}
     except BaseException as error:  # SystemExit too: exit() at the top of a file
         answer = failed(error)
     answers.write(wire.line(answer))
@@ -48,6 +49,12 @@ def load(module, name: str, source: str):
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # tracebacks show lines
     module.__file__ = name
     exec(compile(source, name, "exec"), module.__dict__)
+
+
+def uses(module) -> dict[str, list[str]]:
+    """Function -> the functions of the same file that it calls: so that a failure can name where it begins."""
+    there = dict(vars(module))
+    return {name: sorted(used_by(f, there) - {name}) for name, f in there.items() if hasattr(f, "__code__")}
 
 
 def call(module, request) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -12,11 +13,11 @@ import time
 from pathlib import Path
 
 from lessons._lib import wire
-from lessons._lib.calls import StudentFailed
+from lessons._lib.book import SECONDS
+from lessons._lib.calls import StudentFailed, too_slow
 from lessons._lib.language import language, say
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = float(os.environ.get("MINISB_SECONDS", 15))  # for all calls of one check together
 STARTUP = 120  # for Python and NumPy to be there, which is not the student's matter
 MEMORY_MB = 1024  # of address space, of which NumPy alone maps a third
 NOBODY = 65534
@@ -33,7 +34,7 @@ class StudentFile:
     def __init__(
         self, source: str, name: str, refused=(), seconds: float = SECONDS, as_nobody: bool = False, stderr=None
     ):
-        self.seconds, self.process, self.stderr = seconds, None, stderr
+        self.seconds, self.process, self.stderr, self.uses = seconds, None, stderr, {}
         nobody = NOBODY if as_nobody and hasattr(os, "geteuid") and os.geteuid() == 0 else None
         self.settings = {
             "name": name,
@@ -55,6 +56,11 @@ class StudentFile:
 
         call.is_careful = True
         return call
+
+    def used_by(self, name: str) -> set[str]:
+        """The file's other functions that the function of that name calls, as far as the file has told."""
+        told = self.uses.get(name, ()) if isinstance(self.uses, dict) else ()
+        return set(told) if isinstance(told, tuple) and all(isinstance(n, str) for n in told) else set()
 
     def close(self):
         if self.process is None:
@@ -98,7 +104,9 @@ class StudentFile:
             )
             raise StudentFailed("stopped", text) from None
         self.deadline = time.monotonic() + self.seconds
-        self._ask(self.settings)
+        loaded = self._ask(self.settings)
+        with contextlib.suppress(Exception):  # what it tells is for messages only, and may be anything
+            self.uses = wire.unpack(loaded["uses"])
 
     def _ask(self, message: dict) -> dict:
         try:
@@ -107,11 +115,7 @@ class StudentFile:
             answer = self.answers.get(timeout=max(self.deadline - time.monotonic(), 0.01))
         except queue.Empty:
             self.close()
-            text = say(
-                f"stopped after {self.seconds:g} s.  Which loop never ends, or works too often?",
-                f"{self.seconds:g} 秒后被停止。哪个循环不会结束，或者做了太多次？",
-            )
-            raise StudentFailed("slow", text) from None
+            raise too_slow(self.seconds) from None
         except (BrokenPipeError, OSError):
             answer = None
         if answer is None:
