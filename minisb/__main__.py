@@ -18,6 +18,7 @@ COMMANDS = {
     "spikes": "minisb.spikes_cli",
     "quantize": "minisb.quantize",
     "upcycle": "minisb.upcycle",
+    "experts": "minisb.experts_cli",
 }
 
 

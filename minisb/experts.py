@@ -35,7 +35,7 @@ ROUTER_STD = 1e-3  # near zero, so that all experts begin alike; never zero: of 
 
 
 class Loads:
-    """A tap that sums what the routers say in one step: load, entropy, dropped slots."""
+    """A tap that sums what the routers say in one step, or over a whole text: load, entropy, dropped slots."""
 
     def __init__(self):
         self.seen = {}
@@ -45,13 +45,25 @@ class Loads:
         if kind:
             self.seen.setdefault(kind, {}).setdefault(int(layer), []).append(value)
 
+    def shares(self) -> dict[int, list[float]]:
+        """Layer -> each expert's share of the slots."""
+        load = {layer: sum(values) for layer, values in sorted(self.seen["load"].items())}
+        return {layer: [float(n / x.sum()) for n in x] for layer, x in load.items()}
+
+    def least(self) -> float:
+        """Of the least loaded expert of all layers: its slots over its fair share N K / E.  1 where all are equal."""
+        return min(min(shares) * len(shares) for shares in self.shares().values())
+
+    def entropy(self) -> float:
+        """Mean over tokens and layers, in nats."""
+        entropies = [float(value) for values in self.seen["entropy"].values() for value in values]
+        return sum(entropies) / len(entropies)
+
     def record(self) -> dict:
         """For the log: each expert's share of the slots, layer by layer, the mean entropy in nats, dropped slots."""
-        load = {layer: sum(values) for layer, values in sorted(self.seen["load"].items())}
-        entropies = [float(value) for values in self.seen["entropy"].values() for value in values]
         return {
-            "expert_load": {str(layer): [round(float(n / x.sum()), 4) for n in x] for layer, x in load.items()},
-            "router_entropy": sum(entropies) / len(entropies),
+            "expert_load": {str(layer): [round(x, 4) for x in shares] for layer, shares in self.shares().items()},
+            "router_entropy": self.entropy(),
             "dropped": sum(int(value) for values in self.seen["dropped"].values() for value in values),
         }
 

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from conftest import backend_of
 
-from minisb import accounting, gradcheck
+from minisb import accounting, experts_cli, gradcheck
 from minisb.backend import Backend, CpuBackend
 from minisb.config import Config, preset
 from minisb.errors import MinisbError
+from minisb.experts import Loads
 from minisb.gradcheck import relative_rms
 from minisb.model import SpikingBrain, specs
 from minisb.ops.adamw import adamw
 from minisb.ops.spike import spike_forward
 from minisb.params import ParamStore, count
+from minisb.train import evaluate
 
 TINY = preset("76b-tiny", vocab=37, window=8)
 #: Embeddings are small (0.1), so their norm bends soon: a larger step measures its curvature.
@@ -217,6 +219,33 @@ def test_the_tap_sees_the_load_of_the_text_only(be):
         assert load.shape == (4,) and load.sum() == 42
     assert 0 < float(seen["layers.1.moe.entropy"][0]) <= np.log(4) + 1e-6
     assert int(seen["layers.1.moe.dropped"][0]) == 0
+
+
+def test_the_least_loaded_expert_of_a_whole_text(be):
+    """evaluate counts every token of every batch, and compares with an equal share."""
+    model, tokens = model_of(TINY, be), np.random.default_rng(3).integers(0, TINY.vocab, 6 * TINY.seq_len + 1)
+    chosen = {1: [], 3: []}
+    model.forward(tokens[:-1].reshape(6, -1), tap=lambda n, x: chosen[int(n[7])].append(x) if ".load" in n else None)
+    expected = min(min(load) * 4 / (6 * TINY.seq_len) for (load,) in chosen.values())
+    found = evaluate(model, tokens)
+    assert found["expert_load_min"] == pytest.approx(expected) and 0 < expected < 1
+    assert experts_cli.measure(model, tokens)["load_min"] == pytest.approx(expected)
+    model.store.p["layers.3.mlp.router.weight"][2] = 0  # nobody's choice, where another logit is above 0
+    model.store.p["layers.3.mlp.router.weight"][1] = -model.store.p["layers.3.mlp.router.weight"][0]
+    assert evaluate(model, tokens)["expert_load_min"] == 0
+    assert "expert_load_min" not in evaluate(model_of(replace(TINY, ffns=("dense",)), be), tokens)
+
+
+def test_shares_of_experts_are_over_all_tokens():
+    """Not a mean over batches: those differ in size."""
+    loads = Loads()
+    for load in ([6, 2, 0, 0], [0, 0, 1, 1]):
+        loads("layers.3.moe.load", np.array(load))
+        loads("layers.3.moe.entropy", 0.5)
+        loads("layers.1.moe.load", np.array([1, 1, 1, 1]))
+        loads("layers.3.mlp.router.input", None)
+    assert loads.shares() == {1: [0.25] * 4, 3: [0.6, 0.2, 0.1, 0.1]}
+    assert loads.least() == pytest.approx(0.4) and loads.entropy() == 0.5
 
 
 def test_capacity_drops_in_training_only(be):

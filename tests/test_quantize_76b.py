@@ -376,3 +376,38 @@ def test_the_meter_measures_the_run(at_home, capsys):
     printed = capsys.readouterr().out
     for name in ("1.mlp.router", "3.mlp.experts.down", "0.attn.softmax.q", "1.mlp.shared.up"):
         assert f"\n  layers.{name} " in printed
+
+
+# --- the load of its experts
+
+
+@pytest.mark.parametrize("name, flags", [("run", []), ("run", ["--spike"]), ("run-int8", [])])
+def test_the_load_of_each_expert_is_printed(at_home, capsys, name, flags):
+    command = ["experts", name, "--threads", "1", *flags]
+    assert minisb_main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["load"]) == {"1", "3"} and all(sum(row) == pytest.approx(4) for row in found["load"].values())
+    assert found["load_min"] == min(map(min, found["load"].values())) and found["tokens"] > 100
+    assert 0 < found["entropy"] <= found["entropy_max"] == pytest.approx(np.log(4))
+    assert minisb_main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"least of all: {found['load_min']:.1%} of its fair share" in printed
+    assert len(printed.splitlines()) == 3 + 2 + 2
+
+
+def test_the_end_of_training_names_the_least_loaded_expert(at_home, capsys):
+    flags = ["--steps", "1", "--batch-size", "1", "--threads", "1", "--out", "short"]
+    assert cli.run(train_small.main, ["--preset", "76b-tiny", "--data", "text", *flags]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert minisb_main(["experts", "short", "--json", "--threads", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert result["expert_load_min"] == pytest.approx(found["load_min"])
+    assert "expert_load_min" in checkpoint.read_log("short")[-1]
+
+
+def test_experts_refuses_what_has_none(at_home, capsys):
+    config = preset("76b-tiny", ffns=("dense",))
+    checkpoint.save_config("dense", config, {}, minisb.load("run").tokenizer, {})
+    fails(capsys, minisb_main, ["experts", "dense"], "no experts", "upcycle")
+    fails(capsys, minisb_main, ["experts", "nowhere"], "no run in nowhere")
+    fails(capsys, minisb_main, ["experts", "run", "--tokens", "0"], "--tokens")
