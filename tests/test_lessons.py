@@ -1,12 +1,21 @@
 """The lessons hold: the core of `python -m lessons._ci`, which runs in full in CI."""
 
+import contextlib
+import signal
+
 import pytest
 
 from lessons._ci import exports, fences, mutants, notebooks, proofs, texts
-from lessons._lib import desk
+from lessons._lib import book, desk
 from lessons._lib.book import check_lesson, lesson
 from lessons._lib.checks import close, exact
 from lessons._lib.sandbox import StudentFile
+
+
+@pytest.fixture(autouse=True)
+def in_english(monkeypatch):
+    monkeypatch.setenv("MINISB_LANG", "en")
+
 
 NUMBERS = [found.number for found in proofs.exercised()]
 
@@ -91,3 +100,93 @@ def test_a_fresh_stub_forgets_what_passed_and_keeps_the_students_file(monkeypatc
     path, kept = desk.reset(lesson("10"))
     assert kept.read_text() == "mine = 1\n" and path.read_text() == lesson("10").exercise.read_text()
     assert desk.passed() == {"04": {"gla_step": "2026-01-01"}}
+
+
+#: Slips that readers made, and words of the question that each deserves.
+SLIPS = {
+    "04": [
+        ("the mask comes after the exponential", "is the mask there before you take exp"),
+        ("exp(b_t) times exp(-b_s)", "is exp taken of the difference"),
+        ("k * v instead of the outer product", "What shape has k_t v_t^T"),
+        ("the new state comes transposed", "is yours transposed"),
+        ("older tokens are read without exp(b)", "by what has it faded when token t reads it"),
+        ("older tokens are read with exp(-b)", "which sign has the exponent"),
+        ("only whole chunks come back", "Is the last piece shorter"),
+        ("the tokens after the last whole chunk are dropped", "after the last whole chunk"),
+        ("the state is not faded from chunk to chunk", "the old state fades, too"),
+    ],
+    "10": [
+        ("the mean of x, kept above", "What happens to negative activations"),
+        ("the mean is bounded before", "Do you bound it, or the mean before"),
+    ],
+    "11": [
+        ("the columns of a step are added up in int8", "where do you widen"),
+        ("sums in int8 wrap round", "where do you widen"),
+        ("the outputs come transposed", "The axes are in another order"),
+        ("time is the last axis", "The axes are in another order"),
+        ("what the bits are worth", "How do you get the bit itself"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("number", "what", "question"), [(n, *slip) for n, slips in SLIPS.items() for slip in slips])
+@pytest.mark.filterwarnings("ignore")
+def test_a_slip_is_met_with_its_own_question(number, what, question):
+    name, _, wrong = next(m for m in mutants.MUTANTS[number] if m[1].startswith(what))
+    assert question in str(getattr(lesson(number).check, name)(wrong))
+
+
+def test_a_square_result_that_is_transposed_is_asked_about_its_axes():
+    right = [[1.0, 2.0], [3.0, 4.0]]
+    assert "another order" in close("t", [[1.0, 3.0], [2.0, 4.0]], right, lesson("04").check.FLOAT64).text
+
+
+BROKEN = """
+import numpy as np
+
+def helper(*args):
+    return gla_step(*args)
+
+def gla_step(q, k, v, log_g, state):
+    return q, state
+
+def gla_recurrent(q, k, v, log_g, state):
+    return np.stack([helper(*token, state)[0] for token in zip(q, k, v, log_g)]), state
+
+def gla_parallel(q, k, v, log_g):
+    return v
+"""
+
+
+def test_a_function_that_calls_a_wrong_one_waits_for_it():
+    with StudentFile(BROKEN, "04.py") as student:
+        reports = {report.name: report for report in check_lesson(lesson("04"), student)}
+    assert reports["gla_step"].waits_for == "" and reports["gla_recurrent"].waits_for == "gla_step"
+    assert "waits for gla_step, which it calls" in str(reports["gla_recurrent"])
+    assert reports["gla_parallel"].waits_for == "" and "not right yet" in str(reports["gla_parallel"])
+
+
+def test_a_notebooks_function_waits_for_the_one_that_it_calls():
+    namespace = {}
+    exec(BROKEN, namespace)
+    assert book.check_notebook("04", "gla_recurrent", namespace).waits_for == "gla_step"
+    namespace["gla_step"] = proofs.adapters.gla_step
+    assert book.check_notebook("04", "gla_recurrent", namespace).waits_for == ""
+
+
+def test_what_a_file_tells_of_itself_is_not_trusted():
+    with StudentFile("def f():\n    return 1", "f.py") as student:
+        for told in ({"f": 3}, {"f": (3,)}, "f", None):
+            student.uses = told
+            assert student.used_by("f") == set()
+
+
+def test_a_check_in_a_notebook_cannot_hang(monkeypatch):
+    def gla_step(*args):
+        while True:
+            with contextlib.suppress(Exception):
+                len(args)
+
+    monkeypatch.setattr(book, "SECONDS", 0.2)
+    assert "took too long" in str(book.check_notebook("04", "gla_step", {"gla_step": gla_step}))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -71,3 +71,69 @@ def test_without_matplotlib_show_prints_text(monkeypatch, capsys):
     commands.main(["start", "04"])
     assert commands.main(["show", "04"]) == 0
     assert "reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["04", "10", "11"])
+def test_a_stub_has_a_picture_with_the_reference(number, my_lessons):
+    commands.main(["start", number])
+    assert commands.main(["show", number]) == 0
+    assert (my_lessons / f"{number}.png").exists()
+
+
+def test_a_result_of_another_shape_is_not_drawn(my_lessons, capsys):
+    commands.main(["start", "10"])
+    (my_lessons / "10.py").write_text("def simulate_neuron(x, vth, steps, v0):\n    return x[0][:3]\n")
+    assert commands.main(["show", "10"]) == 1
+    assert "cannot be drawn; python -m lessons check 10" in capsys.readouterr().out
+
+
+class Editor:
+    """Stands in for time.sleep: every wait of the watcher is a moment in which the student does something."""
+
+    def __init__(self, path, *moments):
+        self.path, self.moments = path, list(moments)
+
+    def __call__(self, seconds):
+        moment = self.moments.pop(0)
+        if moment is None:
+            self.path.unlink()
+        elif moment is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        elif moment is not Ellipsis:  # a moment of thought
+            self.path.write_bytes(moment)
+
+
+def watched(path, monkeypatch, *moments):
+    monkeypatch.setattr(commands.time, "sleep", Editor(path, *moments, KeyboardInterrupt))
+    return commands.main(["check", "04", "--watch"])
+
+
+def test_watch_checks_every_save_from_red_to_green_and_ends_with_ctrl_c(my_lessons, monkeypatch, capsys):
+    commands.main(["start", "04"])
+    right = adapters.pasted("04").encode()
+    broken = right + b"\ngla_step = None\n"
+    assert watched(my_lessons / "04.py", monkeypatch, ..., b"def f(", ..., broken, None, ..., right, ...) == 0
+    said = capsys.readouterr().out
+    assert said.count("waiting for the next save") == 4  # the stub, a syntax error, 3 of 4, all
+    assert [said.count(f"{n} of 4 functions pass") for n in (0, 3, 4)] == [2, 1, 1]
+    assert "SyntaxError" in said
+
+
+def test_watch_goes_on_when_the_file_is_no_text(my_lessons, monkeypatch, capsys):
+    commands.main(["start", "04"])
+    assert watched(my_lessons / "04.py", monkeypatch, b"\xff\xfe", b"x = 1") == 1
+    assert "cannot be read as UTF-8" in capsys.readouterr().out
+
+
+def test_a_save_during_a_check_is_not_missed(my_lessons, monkeypatch, capsys):
+    commands.main(["start", "04"])
+    codes = iter((1, 0))
+
+    def check_and_save(found, path):
+        code = next(codes)
+        if code:
+            path.write_text("saved = 'while the check ran'")
+        return code
+
+    monkeypatch.setattr(commands, "check_file", check_and_save)
+    assert watched(my_lessons / "04.py", monkeypatch) == 0
