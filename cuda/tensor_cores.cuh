@@ -78,6 +78,13 @@ __device__ inline float power_of_two(float x)
     return y;
 }
 
+// x, of which the compiler must not know that it is x: what is computed from it is computed again, not kept in registers.
+__device__ inline int anew(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 16 bytes from global to shared memory without passing a register; zeros if not `there`.
 __device__ inline void copy_async(void* to, const void* from, bool there)
 {

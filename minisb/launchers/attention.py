@@ -1,9 +1,43 @@
-"""Twins of softmax attention."""
+"""Twins of softmax attention: the plain kernels, and the ones on tensor cores where they fit."""
 
 from __future__ import annotations
 
-from minisb.launchers.grid import LARGEST_HEAD, WARPS, contiguous, warp_a_row, wide_type
+import math
+from dataclasses import dataclass
+
+from minisb.launchers.grid import LARGEST_HEAD, WARPS, contiguous, tensor_cores, warp_a_row, wide_type
 from minisb.ops import attention
+
+STAGE = 64  # rows of the other side that a block brings at once (STAGE in cuda/attention_fast.cu)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a fast kernel shares out its rows: `rows` a warp (16 M in the source), and at most `warps` a block, which
+    take at most `heads` heads of a group."""
+
+    rows: int
+    warps: int
+    heads: int = 1
+
+    def queries(self, R: int) -> tuple[int, int]:
+        """Heads of a block and warps a head, of which those for STAGE queries are the fewest."""
+        tiles = STAGE // self.rows
+        heads = max(n for n in range(1, R + 1) if R % n == 0 and n <= max(1, min(self.heads, self.warps // tiles)))
+        while 2 * tiles * heads <= self.warps:
+            tiles *= 2
+        return heads, tiles
+
+
+#: By kernel and head size; bench/gpu_attention.py times others.
+TILINGS = {
+    ("forward", 64): Tiling(32, 6, 3),
+    ("forward", 128): Tiling(32, 8, 2),
+    ("backward_q", 64): Tiling(16, 8, 2),
+    ("backward_q", 128): Tiling(16, 8, 2),
+    ("backward_kv", 64): Tiling(16, 6),
+    ("backward_kv", 128): Tiling(16, 8),
+}
 
 
 def attention_forward(be, q, k, v, window, scale=None):
@@ -12,8 +46,11 @@ def attention_forward(be, q, k, v, window, scale=None):
     q, k, v = contiguous(be, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, lse = be.xp.empty_like(q), be.xp.empty(q.shape[:-1], wide_type(q))
-    blocks = q.shape[0] * q.shape[2], _tiles(q, q.shape[1])
-    be.launch("attention_forward", q, blocks, (16, 16), q, k, v, o, lse, *_sizes(q, k, window), scale)
+    if _fast(be, q, scale):
+        _forward_fast(be, q, k, v, o, lse, window, scale)
+    else:
+        blocks = q.shape[0] * q.shape[2], _tiles(q, q.shape[1])
+        be.launch("attention_forward", q, blocks, (16, 16), q, k, v, o, lse, *_sizes(q, k, window), scale)
     return o, (q, k, v, o, lse, window, scale)
 
 
@@ -22,7 +59,11 @@ def attention_backward(be, do, saved):
     if q.shape[3] > LARGEST_HEAD:
         return attention.attention_backward.reference(be, do, saved)
     do, q, k, v, o, lse = contiguous(be, do, q, k, v, o, lse)
-    dq, dk, dv, delta = *(be.xp.empty_like(x) for x in (q, k, v)), be.xp.empty_like(lse)
+    dq, dk, dv = (be.xp.empty_like(x) for x in (q, k, v))
+    if _fast(be, q, scale):
+        _backward_fast(be, do, q, k, v, o, lse, dq, dk, dv, window, scale)
+        return dq, dk, dv
+    delta = be.xp.empty_like(lse)
     be.launch("attention_delta", q, *warp_a_row(lse.size), do, o, delta, lse.size, q.shape[3])
     inputs, sizes = (do, q, k, v, lse, delta), (*_sizes(q, k, window), scale)
     blocks = q.shape[0] * q.shape[2], _tiles(q, q.shape[1])
@@ -52,6 +93,59 @@ def _sizes(q, k, window):
 def _tiles(q, count: int) -> int:
     """TILE in cuda/attention.cu."""
     return -(-count // (32 if q.dtype.itemsize == 8 else 64))
+
+
+# --- on tensor cores
+
+FORWARD = {64: "attention_fast_forward_64", 128: "attention_fast_forward_128"}
+BACKWARD_Q = {64: "attention_fast_backward_q_64", 128: "attention_fast_backward_q_128"}
+BACKWARD_KV = {64: "attention_fast_backward_kv_64", 128: "attention_fast_backward_kv_128"}
+
+
+def _fast(be, q, scale) -> bool:
+    """Whether cuda/attention_fast.cu is for these heads and this GPU.  It follows the largest product of a row, so
+    the scale must be positive."""
+    return scale > 0 and tensor_cores(be, q, _stages(q.shape[3]) + _rows(q.shape[3], STAGE))
+
+
+def _stages(D: int) -> int:
+    """Bytes of the two stages and their statistics in cuda/attention_fast.cu."""
+    return 2 * (2 * _rows(D, STAGE) + 2 * 4 * STAGE)
+
+
+def _rows(D: int, count: int) -> int:
+    """Bytes of padded rows in shared memory."""
+    return count * 2 * (D + 8)
+
+
+def _forward_fast(be, q, k, v, o, lse, window, scale):
+    (B, T, H, D), G = q.shape, k.shape[2]
+    tiling = TILINGS["forward", D]
+    heads, tiles = tiling.queries(H // G)
+    held = _stages(D)
+    if D == 128:  # the queries lie in shared memory too; where that is small, fewer at once
+        while _stages(D) + _rows(D, heads * tiles * tiling.rows) > be.device.shared_bytes:
+            heads, tiles = (1, tiles) if heads > 1 else (1, tiles // 2)
+        held += _rows(D, heads * tiles * tiling.rows)
+    grid = -(-T // (tiles * tiling.rows)), B * H // heads
+    T, S, H, G, _, window = _sizes(q, k, window)
+    sizes = T, S, H, G, window, scale * math.log2(math.e), tiles
+    be.launch(FORWARD[D], q, grid, 32 * heads * tiles, q, k, v, o, lse, *sizes, shared=held)
+
+
+def _backward_fast(be, do, q, k, v, o, lse, dq, dk, dv, window, scale):
+    """First dq, which leaves what the other kernel wants of each query, heads first and padded to whole stages."""
+    B, D = q.shape[0], q.shape[3]
+    T, S, H, G, _, window = _sizes(q, k, window)
+    lse2, delta = (be.xp.empty((B, H, -(-T // STAGE) * STAGE), "float32") for _ in range(2))
+    sizes, shared = (T, S, H, G, window, scale), _stages(D)
+    tiling = TILINGS["backward_q", D]
+    heads, tiles = tiling.queries(H // G)
+    grid, threads = (-(-T // (tiles * tiling.rows)), B * H // heads), 32 * heads * tiles
+    be.launch(BACKWARD_Q[D], q, grid, threads, do, q, k, v, o, lse, dq, lse2, delta, *sizes, tiles, shared=shared)
+    tiling = TILINGS["backward_kv", D]
+    grid, threads = (-(-S // (tiling.warps * tiling.rows)), B * G), 32 * tiling.warps
+    be.launch(BACKWARD_KV[D], q, grid, threads, do, q, k, v, lse2, delta, dk, dv, *sizes, shared=shared)
 
 
 TWINS = {"attention": (attention_forward, attention_backward, attention_step)}

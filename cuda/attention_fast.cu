@@ -1,0 +1,561 @@
+// Softmax attention through a sliding window on tensor cores: attention.cu's fast twin for heads of 64 or 128
+// channels, stored in bfloat16 or float16 (sm_80 and later).
+//
+// A warp holds 16 M rows, queries (o, dq) or keys (dk, dv), and walks the other side in chunks:
+//   forward   s = q k^T,  p = 2^(c s - top),  o = p v / sum of p             c = scale log2(e)
+//   backward  p = 2^(c s - lse2),  ds = p (do v^T - delta),  delta = sum over D of do o,  lse2 = lse log2(e)
+//             dq = scale ds k,   dk = scale ds^T q,   dv = p^T do
+// Each product leaves its result in the registers where the next one wants its first operand, so p and ds
+// never pass through shared memory: keys are the rows of s where dk and dv are summed, queries where o and dq are.
+// A gradient is written by one warp, in one order: nothing is added across warps, equal inputs give equal bits.
+//
+// Shapes: q, o (B,T,H,D); k, v (B,S,G,D), S >= T; lse (B,T,H); lse2, delta (B,H,P), P is T rounded up to STAGE.
+// Grid of o and dq: x a tile of queries, y (b, some heads of a group): `tiles` warps a head, so that all heads of
+// a block use what was brought of the keys.  Of dk, dv: x a tile of keys, y (b, g); the group's heads one by one.
+// The next STAGE rows of the other side are on their way while these are computed.
+//
+// Operations: 4 D for each visible pair of query and key forward, 14 D backward (s and do v^T are computed twice).
+// Bytes from memory: q, k, v, o once forward; q, do twice, the rest once backward.  From L2: the other side's rows
+// once a block, e.g. at W 256, 64 queries of 3 heads: 5 stages for 192 rows, 430 bytes a row at D 64.
+
+constexpr int STAGE = 64;       // rows of the other side that are brought at once
+constexpr float SLACK = 8;      // the softmax's shift follows the maximum when that has grown by more than 2^8
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
+#if TENSOR_CORES
+// Keys and values, or queries and their upstream gradients.
+template <int D>
+struct Stage {
+    real x[STAGE][D + PAD], y[STAGE][D + PAD];
+};
+
+// What belongs to the queries of a Stage.
+struct Statistics {
+    float lse2[STAGE], delta[STAGE];
+};
+
+template <int D>
+__device__ inline void fetch(Stage<D>& to, const real* x, const real* y, int stride, int first, int count)
+{
+#pragma unroll 1
+    for (int i = threadIdx.x; i < STAGE * D / 8; i += blockDim.x) {
+        const int r = i / (D / 8), c = i % (D / 8) * 8;
+        const bool there = first + r < count;
+        const i64 at = (i64)(there ? first + r : 0) * stride + c;
+        copy_async(&to.x[r][c], x + at, there);
+        copy_async(&to.y[r][c], y + at, there);
+    }
+}
+
+// Sixteen rows of D channels as first operands, straight from memory; zeros from row `inside` on.
+template <int D>
+__device__ inline void left_from_memory(u32 (&a)[D / 16][4], const real* rows, int stride, int inside)
+{
+#pragma unroll
+    for (int d = 0; d < D / 16; d++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = lane() / 4 + i % 2 * 8, c = 16 * d + lane() % 4 * 2 + i / 2 * 8;
+            a[d][i] = r < inside ? *(const u32*)(rows + r * stride + c) : 0;
+        }
+}
+
+struct alignas(8) Words {
+    u32 low, high;
+};
+
+// Sixteen rows of D sums go to memory; rows l / 4 times factor[0], rows l / 4 + 8 times factor[1].  Neighbouring lanes
+// exchange words, so that each writes 8 bytes and a row's lanes 32.
+template <int D>
+__device__ inline void store(real* rows, int stride, int inside, const float (&sum)[D / 8][4], float2 factor)
+{
+    const int odd = lane() % 2;
+#pragma unroll
+    for (int e = 0; e < D / 8; e += 2)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float f = half ? factor.y : factor.x;
+            const u32 a = pack(f * sum[e][2 * half], f * sum[e][2 * half + 1]);
+            const u32 b = pack(f * sum[e + 1][2 * half], f * sum[e + 1][2 * half + 1]);
+            const u32 got = __shfl_xor_sync(FULL_WARP, odd ? a : b, 1);
+            const int r = lane() / 4 + 8 * half, c = 8 * (e + odd) + lane() % 4 / 2 * 4;
+            if (r < inside) *(Words*)(rows + r * stride + c) = odd ? Words{got, b} : Words{a, got};
+        }
+}
+
+// A 16 x 16 tile of results, rounded, as a first operand.
+__device__ inline void as_left(u32 (&a)[4], const float (&low)[4], const float (&high)[4])
+{
+    a[0] = pack(low[0], low[1]);
+    a[1] = pack(low[2], low[3]);
+    a[2] = pack(high[0], high[1]);
+    a[3] = pack(high[2], high[3]);
+}
+
+// Of the pairs of `keys` keys from `key` and `queries` queries from `position`: is none visible, are all?
+__device__ inline bool none_visible(int key, int keys, int position, int queries, int window)
+{
+    return key >= position + queries || key + keys <= position - window + 1;
+}
+__device__ inline bool all_visible(int key, int keys, int position, int queries, int window)
+{
+    return key + keys <= position + 1 && key >= position + queries - window;
+}
+
+// Products of pairs that are not visible become -inf.  behind: how far the first query is behind the first key.
+// BY_QUERIES: rows are queries and columns keys, else the other way round.
+template <bool BY_QUERIES, int TILES>
+__device__ __forceinline__ void hide(float (&s)[TILES][4], int behind, int window)
+{
+    const int l = lane();
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + 8 * j + i % 2;
+            const int distance = BY_QUERIES ? behind + row - column : behind + column - row;
+            if ((unsigned)distance >= (unsigned)window) s[j][i] = -INFINITE;
+        }
+}
+
+// The queries of a warp, and the keys that its block walks.  Few numbers, as they stay in registers.
+struct Walk {
+    int at, head, from;  // row of the first query in q (B T H), its head (B H), row of its group's first key in k
+    int position;        // of the first query; beyond the text from S on
+    int key, end;        // what the block sees
+    __device__ Walk(int rows, int tiles, int T, int S, int H, int G, int window)
+    {
+        const int warp = threadIdx.x / 32, heads = blockDim.x / 32 / tiles, parts = H / heads;
+        const int block = (gridDim.x - 1 - blockIdx.x) * tiles * rows;  // the last queries see most: they come first
+        const int b = blockIdx.y / parts, h0 = blockIdx.y % parts * heads, h = h0 + warp / tiles;
+        const int first = block + warp % tiles * rows;
+        at = (b * T + first) * H + h;
+        head = b * H + h;
+        from = b * S * G + h0 / (H / G);
+        position = S - T + first;
+        const int seen = S - T + block - window + 1, last = S - T + block + tiles * rows;
+        key = seen > 0 ? seen / STAGE * STAGE : 0;
+        end = last < S ? last : S;
+    }
+};
+
+// c = scale log2(e).  HELD: the queries stay in registers, else in shared memory behind the stages.
+template <int D, int M, int CHUNK, bool HELD>
+__device__ __forceinline__ void forward(const real* q, const real* k, const real* v, real* o, float* lse, int T, int S,
+                                        int H, int G, int window, float c, int tiles)
+{
+    constexpr int PITCH = D + PAD, ROWS = 16 * M;
+    SHARED_MEMORY(memory);
+    Stage<D>* stage = (Stage<D>*)memory;
+    Walk w(ROWS, tiles, T, S, H, G, window);
+    const int stride = H * D;
+    real (*own)[PITCH] = (real(*)[PITCH])(stage + 2) + threadIdx.x / 32 * ROWS;
+
+    fetch<D>(stage[w.key / STAGE % 2], k + (i64)w.from * D, v + (i64)w.from * D, G * D, w.key, S);
+    u32 held[HELD ? M : 1][D / 16][4];
+    if constexpr (HELD)
+        for (int m = 0; m < M; m++)
+            left_from_memory<D>(held[m], q + (i64)w.at * D + 16 * m * stride, stride, S - w.position - 16 * m);
+    else
+        for (int i = lane(); i < ROWS * D / 8; i += 32) {
+            const int r = i / (D / 8), c = i % (D / 8) * 8;
+            copy_async(&own[r][c], r < S - w.position ? q + (i64)w.at * D + r * stride + c : q, r < S - w.position);
+        }
+    copies_issued();
+
+    float out[M][D / 8][4] = {}, top[M][2], total[M][2] = {};
+    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = LOWEST / 8;  // finite, as -inf - -inf is no number
+    for (; w.key < w.end; w.key += STAGE) {
+        const int n = w.key / STAGE % 2;
+        copies_arrived();
+        __syncthreads();
+        if (w.key + STAGE < w.end) {
+            const i64 from = (i64)anew(w.from) * D;
+            fetch<D>(stage[n ^ 1], k + from, v + from, G * D, w.key + STAGE, S);
+        }
+        copies_issued();
+#pragma unroll
+        for (int chunk = 0; chunk < STAGE; chunk += CHUNK) {
+            const int key = w.key + chunk;
+            if (none_visible(key, CHUNK, w.position, ROWS, window)) continue;
+            float s[M][CHUNK / 8][4] = {};
+#pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                u32 query[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+                    if constexpr (HELD)
+                        for (int i = 0; i < 4; i++) query[m][i] = held[m][d / 16][i];
+                    else
+                        left<PITCH>(query[m], own[0], 16 * m, d);
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j += 2) {
+                    u32 other[4];
+                    right_transposed<PITCH>(other, stage[n].x[0], d, chunk + 8 * j);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply(s[m][j], query[m], other[0], other[1]);
+                        multiply(s[m][j + 1], query[m], other[2], other[3]);
+                    }
+                }
+            }
+            if (!all_visible(key, CHUNK, w.position, ROWS, window))
+#pragma unroll
+                for (int m = 0; m < M; m++)
+                    hide<true>(s[m], w.position + 16 * m - key, window);
+
+            // Where a row's maximum has grown too far above what is subtracted, that follows, and old sums shrink.
+            float highest[M][2];
+            bool grown = false;
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float& x = highest[m][half];
+                    x = s[m][0][2 * half];
+#pragma unroll
+                    for (int j = 0; j < CHUNK / 8; j++) x = fmaxf(x, fmaxf(s[m][j][2 * half], s[m][j][2 * half + 1]));
+                    grown |= c * x > top[m][half] + SLACK;
+                }
+            if (__ballot_sync(FULL_WARP, grown))
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float now = fmaxf(c * lanes_max(highest[m][half], 4), top[m][half]);
+                        const float shrink = power_of_two(top[m][half] - now);
+                        top[m][half] = now;
+                        total[m][half] *= shrink;
+#pragma unroll
+                        for (int e = 0; e < D / 8; e++) {
+                            out[m][e][2 * half] *= shrink;
+                            out[m][e][2 * half + 1] *= shrink;
+                        }
+                    }
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        s[m][j][i] = power_of_two(c * s[m][j][i] - top[m][i / 2]);
+                        total[m][i / 2] += s[m][j][i];
+                    }
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j += 2) {
+                u32 p[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) as_left(p[m], s[m][j], s[m][j + 1]);
+#pragma unroll
+                for (int e = 0; e < D / 8; e += 2) {
+                    u32 other[4];
+                    right<PITCH>(other, stage[n].y[0], chunk + 8 * j, 8 * e);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply(out[m][e], p[m], other[0], other[1]);
+                        multiply(out[m][e + 1], p[m], other[2], other[3]);
+                    }
+                }
+            }
+        }
+    }
+    const Walk to(ROWS, anew(tiles), T, S, H, G, window);
+    const int row = lane() / 4;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        const int inside = S - to.position - 16 * m;
+        const float2 sum = make_float2(lanes_sum(total[m][0], 4), lanes_sum(total[m][1], 4));
+        store<D>(o + (i64)to.at * D + 16 * m * stride, stride, inside, out[m], make_float2(1 / sum.x, 1 / sum.y));
+        float* of_row = lse + to.at + (16 * m + row) * H;
+        if (lane() % 4 == 0 && row < inside) of_row[0] = LN2 * top[m][0] + log(sum.x);
+        if (lane() % 4 == 0 && row + 8 < inside) of_row[8 * H] = LN2 * top[m][1] + log(sum.y);
+    }
+}
+
+// dq; also lse2 and delta, for the other kernel.
+template <int D, int M, int CHUNK>
+__device__ __forceinline__ void backward_q(const real* d_o, const real* q, const real* k, const real* v, const real* o,
+                                           const float* lse, real* dq, float* lse2, float* delta, int T, int S, int H,
+                                           int G, int window, float scale, int tiles)
+{
+    constexpr int PITCH = D + PAD, ROWS = 16 * M;
+    SHARED_MEMORY(memory);
+    Stage<D>* stage = (Stage<D>*)memory;
+    const int row = lane() / 4, column = lane() % 4 * 2, padded = (T + STAGE - 1) / STAGE * STAGE;
+    Walk w(ROWS, tiles, T, S, H, G, window);
+    const int stride = H * D;
+    fetch<D>(stage[w.key / STAGE % 2], k + (i64)w.from * D, v + (i64)w.from * D, G * D, w.key, S);
+    copies_issued();
+
+    u32 query[M][D / 16][4], upstream[M][D / 16][4];
+    float shift[M][2], minus[M][2];  // lse2 and delta
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        const int inside = S - w.position - 16 * m;
+        const i64 from = (i64)w.at * D + 16 * m * stride;
+        left_from_memory<D>(query[m], q + from, stride, inside);
+        left_from_memory<D>(upstream[m], d_o + from, stride, inside);
+        float sum[2] = {};
+#pragma unroll
+        for (int d = 0; d < D / 16; d++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int r = row + i % 2 * 8;
+                if (r >= inside) continue;
+                const float2 x = unpack(upstream[m][d][i]);
+                const float2 y = unpack(*(const u32*)(o + from + r * stride + 16 * d + column + i / 2 * 8));
+                sum[i % 2] += x.x * y.x + x.y * y.y;
+            }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = row + 8 * half, t = T - inside + r;
+            minus[m][half] = lanes_sum(sum[half], 4);
+            shift[m][half] = r < inside ? LOG2E * lse[w.at + (16 * m + r) * H] : 0;
+            if (lane() % 4 == 0 && t < padded) {
+                lse2[(i64)w.head * padded + t] = shift[m][half];
+                delta[(i64)w.head * padded + t] = minus[m][half];
+            }
+        }
+    }
+
+    const float c = scale * LOG2E;
+    float out[M][D / 8][4] = {};
+    for (; w.key < w.end; w.key += STAGE) {
+        const int n = w.key / STAGE % 2;
+        copies_arrived();
+        __syncthreads();
+        if (w.key + STAGE < w.end) {
+            const i64 from = (i64)anew(w.from) * D;
+            fetch<D>(stage[n ^ 1], k + from, v + from, G * D, w.key + STAGE, S);
+        }
+        copies_issued();
+#pragma unroll
+        for (int chunk = 0; chunk < STAGE; chunk += CHUNK) {
+            const int key = w.key + chunk;
+            if (none_visible(key, CHUNK, w.position, ROWS, window)) continue;
+            float s[M][CHUNK / 8][4] = {}, dp[M][CHUNK / 8][4] = {};
+#pragma unroll
+            for (int d = 0; d < D; d += 16)
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j += 2) {
+                    u32 x[4], y[4];
+                    right_transposed<PITCH>(x, stage[n].x[0], d, chunk + 8 * j);
+                    right_transposed<PITCH>(y, stage[n].y[0], d, chunk + 8 * j);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply(s[m][j], query[m][d / 16], x[0], x[1]);
+                        multiply(s[m][j + 1], query[m][d / 16], x[2], x[3]);
+                        multiply(dp[m][j], upstream[m][d / 16], y[0], y[1]);
+                        multiply(dp[m][j + 1], upstream[m][d / 16], y[2], y[3]);
+                    }
+                }
+            if (!all_visible(key, CHUNK, w.position, ROWS, window))
+#pragma unroll
+                for (int m = 0; m < M; m++)
+                    hide<true>(s[m], w.position + 16 * m - key, window);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        s[m][j][i] = power_of_two(c * s[m][j][i] - shift[m][i / 2]) * (dp[m][j][i] - minus[m][i / 2]);
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j += 2) {
+                u32 ds[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) as_left(ds[m], s[m][j], s[m][j + 1]);
+#pragma unroll
+                for (int e = 0; e < D / 8; e += 2) {
+                    u32 x[4];
+                    right<PITCH>(x, stage[n].x[0], chunk + 8 * j, 8 * e);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply(out[m][e], ds[m], x[0], x[1]);
+                        multiply(out[m][e + 1], ds[m], x[2], x[3]);
+                    }
+                }
+            }
+        }
+    }
+    const Walk to(ROWS, anew(tiles), T, S, H, G, window);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        store<D>(dq + (i64)to.at * D + 16 * m * stride, stride, S - to.position - 16 * m, out[m],
+                 make_float2(scale, scale));
+}
+
+template <int D, int M, int CHUNK>
+__device__ __forceinline__ void backward_kv(const real* d_o, const real* q, const real* k, const real* v,
+                                            const float* lse2, const float* delta, real* dk, real* dv, int T, int S,
+                                            int H, int G, int window, float scale)
+{
+    constexpr int PITCH = D + PAD, ROWS = 16 * M;
+    SHARED_MEMORY(memory);
+    Stage<D>* stage = (Stage<D>*)memory;
+    Statistics* statistics = (Statistics*)(stage + 2);
+    const int row = lane() / 4, column = lane() % 4 * 2, padded = (T + STAGE - 1) / STAGE * STAGE, past = S - T;
+    const int R = H / G, b = blockIdx.y / G, g = blockIdx.y % G;
+    const int of_block = blockDim.x / 32 * ROWS, block = blockIdx.x * of_block, first = block + threadIdx.x / 32 * ROWS;
+    const int stride = H * D, key_stride = G * D;
+    i64 at = (((i64)b * S + first) * G + g) * D;
+    // Queries at positions block .. block + of_block - 1 + window - 1 may see a key of this block.
+    const int begin = block > past ? (block - past) / STAGE * STAGE : 0;
+    const int reach = block + of_block - 1 + window - past, end = reach < T ? reach : T;
+
+    auto bring = [&](int n, int head, int query0) {
+        const int text = anew(b);
+        const i64 from = ((i64)text * T * H + head) * D, row_from = ((i64)text * H + head) * padded + query0;
+        fetch<D>(stage[n], q + from, d_o + from, stride, query0, T);
+        for (int i = threadIdx.x; i < STAGE / 4; i += blockDim.x) {
+            copy_async(&statistics[n].lse2[4 * i], lse2 + row_from + 4 * i, true);
+            copy_async(&statistics[n].delta[4 * i], delta + row_from + 4 * i, true);
+        }
+    };
+    int head = begin < end ? g * R : (g + 1) * R, query0 = begin, n = 0;  // without a query in reach there is nothing
+    if (begin < end) bring(0, head, query0);
+    copies_issued();
+
+    u32 key[M][D / 16][4], value[M][D / 16][4];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        left_from_memory<D>(key[m], k + at + 16 * m * key_stride, key_stride, S - first - 16 * m);
+        left_from_memory<D>(value[m], v + at + 16 * m * key_stride, key_stride, S - first - 16 * m);
+    }
+    const float c = scale * LOG2E;
+    float of_key[M][D / 8][4] = {}, of_value[M][D / 8][4] = {};
+    for (; head < (g + 1) * R; n ^= 1) {
+        copies_arrived();
+        __syncthreads();
+        const int now = query0;
+        query0 += STAGE;
+        if (query0 >= end) {
+            query0 = begin;
+            head++;
+        }
+        if (head < (g + 1) * R) bring(n ^ 1, head, query0);
+        copies_issued();
+#pragma unroll
+        for (int chunk = 0; chunk < STAGE; chunk += CHUNK) {
+            const int position = past + now + chunk;
+            if (none_visible(first, ROWS, position, CHUNK, window)) continue;
+            float s[M][CHUNK / 8][4] = {}, dp[M][CHUNK / 8][4] = {};
+#pragma unroll
+            for (int d = 0; d < D; d += 16)
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j += 2) {
+                    u32 x[4], y[4];
+                    right_transposed<PITCH>(x, stage[n].x[0], d, chunk + 8 * j);
+                    right_transposed<PITCH>(y, stage[n].y[0], d, chunk + 8 * j);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply(s[m][j], key[m][d / 16], x[0], x[1]);
+                        multiply(s[m][j + 1], key[m][d / 16], x[2], x[3]);
+                        multiply(dp[m][j], value[m][d / 16], y[0], y[1]);
+                        multiply(dp[m][j + 1], value[m][d / 16], y[2], y[3]);
+                    }
+                }
+            if (!all_visible(first, ROWS, position, CHUNK, window))
+#pragma unroll
+                for (int m = 0; m < M; m++)
+                    hide<false>(s[m], position - first - 16 * m, window);
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j++) {
+                const float2 shift = *(float2*)&statistics[n].lse2[chunk + 8 * j + column];
+                const float2 minus = *(float2*)&statistics[n].delta[chunk + 8 * j + column];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        s[m][j][i] = power_of_two(c * s[m][j][i] - (i % 2 ? shift.y : shift.x));
+                        dp[m][j][i] = s[m][j][i] * (dp[m][j][i] - (i % 2 ? minus.y : minus.x));
+                    }
+            }
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j += 2) {
+                u32 p[M][4], ds[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    as_left(p[m], s[m][j], s[m][j + 1]);
+                    as_left(ds[m], dp[m][j], dp[m][j + 1]);
+                }
+#pragma unroll
+                for (int e = 0; e < D / 8; e += 2) {
+                    u32 x[4], y[4];
+                    right<PITCH>(x, stage[n].x[0], chunk + 8 * j, 8 * e);
+                    right<PITCH>(y, stage[n].y[0], chunk + 8 * j, 8 * e);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply(of_key[m][e], ds[m], x[0], x[1]);
+                        multiply(of_key[m][e + 1], ds[m], x[2], x[3]);
+                        multiply(of_value[m][e], p[m], y[0], y[1]);
+                        multiply(of_value[m][e + 1], p[m], y[2], y[3]);
+                    }
+                }
+            }
+        }
+    }
+    const int y = anew(blockIdx.y);
+    at = (((i64)(y / G) * S + first) * G + y % G) * D;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        store<D>(dk + at + 16 * m * key_stride, key_stride, S - first - 16 * m, of_key[m], make_float2(scale, scale));
+        store<D>(dv + at + 16 * m * key_stride, key_stride, S - first - 16 * m, of_value[m], make_float2(1, 1));
+    }
+}
+#endif
+
+// The bounds below are how many threads' registers fit twice or thrice, not how many threads there are.
+extern "C" __global__ void __launch_bounds__(384) attention_fast_forward_64(
+    const real* q, const real* k, const real* v, real* o, wide* lse, int T, int S, int H, int G, int window, wide c,
+    int tiles)
+{
+#if TENSOR_CORES
+    forward<64, 2, 32, true>(q, k, v, o, lse, T, S, H, G, window, c, tiles);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_fast_forward_128(
+    const real* q, const real* k, const real* v, real* o, wide* lse, int T, int S, int H, int G, int window, wide c,
+    int tiles)
+{
+#if TENSOR_CORES
+    forward<128, 2, 64, false>(q, k, v, o, lse, T, S, H, G, window, c, tiles);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(512) attention_fast_backward_q_64(
+    const real* d_o, const real* q, const real* k, const real* v, const real* o, const wide* lse, real* dq, wide* lse2,
+    wide* delta, int T, int S, int H, int G, int window, wide scale, int tiles)
+{
+#if TENSOR_CORES
+    backward_q<64, 1, 32>(d_o, q, k, v, o, lse, dq, lse2, delta, T, S, H, G, window, scale, tiles);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_fast_backward_q_128(
+    const real* d_o, const real* q, const real* k, const real* v, const real* o, const wide* lse, real* dq, wide* lse2,
+    wide* delta, int T, int S, int H, int G, int window, wide scale, int tiles)
+{
+#if TENSOR_CORES
+    backward_q<128, 1, 32>(d_o, q, k, v, o, lse, dq, lse2, delta, T, S, H, G, window, scale, tiles);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(384) attention_fast_backward_kv_64(
+    const real* d_o, const real* q, const real* k, const real* v, const wide* lse2, const wide* delta, real* dk,
+    real* dv, int T, int S, int H, int G, int window, wide scale)
+{
+#if TENSOR_CORES
+    backward_kv<64, 1, 32>(d_o, q, k, v, lse2, delta, dk, dv, T, S, H, G, window, scale);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_fast_backward_kv_128(
+    const real* d_o, const real* q, const real* k, const real* v, const wide* lse2, const wide* delta, real* dk,
+    real* dv, int T, int S, int H, int G, int window, wide scale)
+{
+#if TENSOR_CORES
+    backward_kv<128, 1, 16>(d_o, q, k, v, lse2, delta, dk, dv, T, S, H, G, window, scale);
+#endif
+}
