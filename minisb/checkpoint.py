@@ -38,6 +38,7 @@ FORMAT = 1  # raise it when the files of a run change their meaning
 QUANTIZED_FORMAT = 1  # the same for what quantised runs have besides
 CONFIG, STATE, WEIGHTS = "config.json", "train_state.safetensors", "model.safetensors"
 TOKENIZER, LOG = "tokenizer.tiktoken", "log.jsonl"
+BEST = "best.safetensors"  # while a run goes on: the weights that did best on unseen text
 
 
 def is_run(folder) -> bool:
@@ -110,8 +111,8 @@ def save_state(folder, store, step: int):
     save_weights(folder, store, step)
 
 
-def save_weights(folder, store, step: int):
-    _save_tensors(Path(folder) / WEIGHTS, store.p, step)
+def save_weights(folder, store, step: int, name: str = WEIGHTS):
+    _save_tensors(Path(folder) / name, store.p, step)
 
 
 def save_quantized(folder, tensors: dict):
@@ -131,9 +132,9 @@ def load_state(folder, store) -> int:
     return step
 
 
-def load_weights(folder, store) -> int:
+def load_weights(folder, store, name: str = WEIGHTS) -> int:
     """Weights into `store` -> the step that they follow."""
-    step = _load_tensors(Path(folder) / WEIGHTS, store.p, store.xp)
+    step = _load_tensors(Path(folder) / name, store.p, store.xp)
     store.round()
     return step
 

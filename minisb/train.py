@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minisb import checkpoint
 from minisb.backend import element
+from minisb.best import Best
 from minisb.config import Config
 from minisb.data import TokenData, batch, bigram_loss, eval_batches
 from minisb.errors import MinisbError
@@ -90,6 +91,8 @@ class Trainer:
         self.loss_scale = LossScale(model.be.xp, settings.dtype == "float16")
         self.recorded = model.be.recorded(self._gradients) if graph else self._gradients
         self.loads = None  # of the experts in this step, where it is logged
+        with_spikes = model.config.spike and settings.spike_from < 1  # what the run is to end with
+        self.best, self.turned = Best(folder, "val_loss_spike" if with_spikes else "val_loss"), None
         c = model.config
         for name, tokens in (("training", data.train), ("validation", data.val)):
             if len(tokens) <= c.seq_len:
@@ -160,7 +163,17 @@ class Trainer:
                 bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s", refresh=False)
             bar.update()
         self.save()
+        self._settle()
         return True
+
+    def _settle(self):
+        """At the end of the last step: the best weights, if validation has turned since."""
+        self.turned = self.best.settle(self.model.store)
+        if self.turned is not None:
+            tqdm.write(
+                f"validation turned after step {self.turned} ({self.best.loss:.3f}, at the end {self.best.last:.3f}): "
+                f"the weights of that step are kept"
+            )
 
     def gradients(self):
         """Mean loss of this step's batches and the norm of its gradient, which is left in store.g.
@@ -207,6 +220,7 @@ class Trainer:
             found = evaluate(self.model, whole_windows(self.data.val, self.model.config, GLANCE_TOKENS))
             self._check_finite(validation_loss=found["val_loss"])
             record |= found
+            self.best.judge(found, self.model.store, self.step, self.step == self.model.config.steps)
             tqdm.write(_progress(record))
         checkpoint.append_log(self.folder, record)
 
@@ -242,6 +256,7 @@ class Trainer:
             "params": count(self.model.specs),
             "steps": self.step,
             "tokens": self.step * self.tokens_per_step,
+            "turned": self.turned,  # the step whose weights were kept, if validation got worse after it
             "train_loss": float(np.mean(last)) if last else None,  # over the last 5 % of the steps
             **found,
             **per_byte,
@@ -271,6 +286,7 @@ def resume(folder, config: Config, settings: TrainSettings, be, data: TokenData,
     trainer = Trainer(folder, SpikingBrain(config, be, store), settings, data, step, graph)
     checkpoint.remove_stale(folder)
     checkpoint.trim_log(folder, step)
+    trainer.best.recall()
     return trainer
 
 

@@ -15,6 +15,7 @@ import tiny_run
 
 from minisb import checkpoint, train
 from minisb.backend import Backend, CpuBackend
+from minisb.best import Best
 from minisb.data import TokenData, batch
 from minisb.errors import MinisbError
 from minisb.gradcheck import relative_rms
@@ -59,6 +60,57 @@ def same(a: Trainer, b: Trainer) -> bool:
 
 def records(folder) -> list:
     return [{k: v for k, v in r.items() if k != "tok_per_s"} for r in checkpoint.read_log(folder)]
+
+
+# --- the best weights
+
+
+def judged(folder, losses):
+    """A Best that saw these losses at steps 10, 20, ..., each with other weights; and the store."""
+    store, best = new_model().store, Best(folder, "val_loss")
+    for i, loss in enumerate(losses):
+        store.flat_p.fill(10 * (i + 1))
+        best.judge({"val_loss": loss}, store, 10 * (i + 1), is_last=i == len(losses) - 1)
+    return best, store
+
+
+def test_the_best_weights_come_back_if_validation_turned(tmp_path):
+    best, store = judged(tmp_path, [5.0, 4.0, 4.2, 4.1])
+    assert best.settle(store) == 20
+    assert (store.flat_p[:3] == 20).all()
+    kept = new_model().store
+    assert checkpoint.load_weights(tmp_path, kept) == 20
+    assert (kept.p["norm.weight"] == 20).all()
+
+
+@pytest.mark.parametrize("losses", [[5.0, 4.0], [5.0, 4.0, 4.01]], ids=["fell", "chance"])
+def test_the_last_weights_stay_if_validation_did_not_turn(tmp_path, losses):
+    best, store = judged(tmp_path, losses)
+    assert best.settle(store) is None
+    assert (store.flat_p[:3] == 10 * len(losses)).all()
+    assert not (tmp_path / checkpoint.BEST).exists()
+
+
+def test_a_turned_run_says_so_and_resumes_with_its_best_in_mind(tmp_path, capsys, monkeypatch):
+    rising = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr("minisb.train.evaluate", lambda *_: {"val_loss": 9.0, "val_loss_spike": next(rising)})
+    settings = replace(SETTINGS, eval_every=3)
+    config = replace(CONFIG, steps=9)
+    first = begin(tmp_path, config, settings)
+    first.model.config = replace(config, steps=6)  # stopped here
+    first.run()
+    assert not (tmp_path / checkpoint.BEST).exists()
+    checkpoint.save_weights(tmp_path, first.model.store, 6, checkpoint.BEST)  # as a kill would have left it
+    second = resume(tmp_path, config, settings, Backend(), DATA)
+    assert (second.best.loss, second.best.step) == (2.0, 6)
+    best = second.model.store.flat_p.copy()
+    second.run()
+    assert second.turned == 6 and (second.model.store.flat_p == best).all()
+    assert "turned after step 6" in capsys.readouterr().out
+    again = resume(tmp_path, config, settings, Backend(), DATA)
+    again.run()  # nothing left to do, and the same is kept
+    assert again.turned == 6 and (again.model.store.flat_p == best).all()
+    assert checkpoint.load_state(tmp_path, again.model.store) == 9  # what goes on is the last
 
 
 # --- schedule and clipping
