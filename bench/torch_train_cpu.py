@@ -118,9 +118,9 @@ def gla_chunked(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, exponents: Te
 # --- sliding-window attention -------------------------------------------------------------
 
 
-def rope_tables(T: int, D: int) -> tuple[Tensor, Tensor]:
+def rope_tables(T: int, D: int, theta: float = ROPE_THETA) -> tuple[Tensor, Tensor]:
     """cos and sign-carrying sin, [T,1,D], for rotate-half RoPE."""
-    frequency = ROPE_THETA ** (-torch.arange(0, D, 2).float() / D)
+    frequency = theta ** (-torch.arange(0, D, 2).float() / D)
     angle = torch.arange(T)[:, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
