@@ -233,19 +233,22 @@ def test_an_expert_that_no_token_reaches_is_fitted_to_the_whole_layer(be):
     model = float_model(C, be)
     model.store.p[ROUTER][...] = 0  # equal logits: all tokens go to expert 0
     gate = model.store.p["layers.1.mlp.experts.gate_proj.weight"]
+    model.store.p["layers.1.mlp_norm.weight"][5] = 0  # a channel that nobody uses,
+    gate[0, :, 5] = 3 * np.abs(gate[0]).max()  # with large weights: worth cutting off
     gate[2] = gate[0]
     inputs = quantize.Inputs(model, texts_of(C))
     assert np.diff(inputs.offsets["layers.1.mlp.experts.down"]).tolist() == [80, 0, 0, 0]
     tensors, section, _ = quantize.quantize(model, texts_of(C), 128)
     name = "layers.1.mlp.experts.gate_proj.weight"
-    # all tokens of the layer are those of expert 0: the same weights are cut off at the same places
+    # all tokens of the layer are those of expert 0: the same weights are cut off
+    assert (tensors[name + SCALES][0] < 0.95 * quantize_weight(gate[0])[1]).mean() > 0.5
     np.testing.assert_array_equal(tensors[name + INT8][2], tensors[name + INT8][0])
     np.testing.assert_array_equal(tensors[name + SCALES][2], tensors[name + SCALES][0])
     for part in ("gate", "up", "down"):
         w = model.store.p[f"layers.1.mlp.experts.{part}_proj.weight"]
         for e in range(4):
             w8, scales = (tensors[f"layers.1.mlp.experts.{part}_proj.weight{end}"][e] for end in (INT8, SCALES))
-            assert relative_rms(dequantize_weight(w8, scales), w[e]) < 0.02
+            assert relative_rms(np.delete(dequantize_weight(w8, scales), 5, 1), np.delete(w[e], 5, 1)) < 0.02
     assert np.isfinite(SpikingBrain(C, be, store_of(tensors, section["k"])).forward(tokens_of(2, 20, C))).all()
 
 
