@@ -16,6 +16,7 @@ from typing import Any
 
 from minisb.config import Config
 from minisb.ops.attention import attention_backward, attention_forward, attention_step
+from minisb.ops.decode import decode_attention, decode_ffn, decode_gla
 from minisb.ops.gate import log_gate_backward, log_gate_forward
 from minisb.ops.gla import gla_backward, gla_forward, gla_step
 from minisb.ops.heads import (
@@ -175,9 +176,18 @@ class GatedLinearAttention(Mixer):
             self.gate_w, self.dgate_w = store.rows([f"{prefix}.gk_proj.1.weight"])
             self.gate_b, self.dgate_b = store.rows([f"{prefix}.gk_proj.1.bias"])
         self.g_norm, self.dg_norm = store.rows([f"{prefix}.g_norm.weight"])
+        self.decodes = self.merged and c.feature_map == "relu"
 
     def new_state(self, be, batch: int, dtype) -> GLAState:
         return GLAState(be, self.c, batch, dtype)
+
+    def decode(self, ctx: Context, x, delta, norm, eps, state: GLAState):
+        """One token in a quantised model, with the norm before it: x, delta (B,1,C) -> x, delta."""
+        c, read = self.c, self.inputs
+        return decode_gla(
+            ctx.be, x, delta, norm, eps, read.matrix, read.b, c.heads, c.kv_heads, c.gate_divisor, self.g_norm,
+            state.matrix, self.output.matrix,
+        )  # fmt: skip
 
     def mix(self, ctx: Context, rows, state: GLAState | None = None, sinks=None):
         """See Mixer.  memory: the state after the last token."""
@@ -238,9 +248,18 @@ class SoftmaxAttention(Mixer):
         self.window, self.int8, self.normed = window, isinstance(store, QuantizedStore), normed
         if normed:
             self.g_norm, self.dg_norm = store.rows([f"{prefix}.g_norm.weight"])
+        self.decodes = self.int8 and not normed
 
     def new_state(self, be, batch: int, dtype) -> KeyValueCache:
         return (Int8KeyValueCache if self.int8 else KeyValueCache)(be, self.c, batch, dtype, self.window)
+
+    def decode(self, ctx: Context, x, delta, norm, eps, state: Int8KeyValueCache):
+        """As GatedLinearAttention.decode."""
+        c, read = self.c, self.inputs
+        return decode_attention(
+            ctx.be, x, delta, norm, eps, read.matrix, read.b, ctx.cos, ctx.sin, c.heads, c.kv_heads, c.spike_k, state,
+            self.output.matrix,
+        )  # fmt: skip
 
     def mix(self, ctx: Context, rows, state: KeyValueCache | None = None, sinks=None):
         """See Mixer.  memory: keys and values of the sinks; in a quantised model coded, k, ku, v, vu."""
@@ -339,6 +358,11 @@ class SwiGLU:
     def __init__(self, c: Config, store: ParamStore, prefix: str):
         self.inputs = projections(store, prefix, {"gate": "gate_proj.weight", "up": "up_proj.weight"})
         self.output = projections(store, prefix, {"down": "down_proj.weight"})
+        self.decodes = isinstance(self.inputs, QuantizedProjections)
+
+    def decode(self, ctx: Context, x, delta, norm, eps):
+        """As GatedLinearAttention.decode."""
+        return decode_ffn(ctx.be, x, delta, norm, eps, self.inputs.matrix, self.output.matrix)
 
     def forward(self, ctx: Context, x):
         """x (B,T,C) -> y (B,T,C)."""

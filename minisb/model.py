@@ -59,6 +59,8 @@ class Block:
         softmax = () if kind == "gla" else (c.window if kind.endswith("window") else None,)
         self.mixer = _mixer_class(c, index)(c, store, f"{prefix}.attn", *softmax)
         self.ffn = _ffn_class(c, index)(c, store, f"{prefix}.mlp")
+        #: can a single token go through each half of the layer in one operation?
+        self.decodes = all(getattr(part, "decodes", False) for part in (self.mixer, self.ffn))
         self.norm1, self.dnorm1 = store.rows([f"{prefix}.attn_norm.weight"])
         self.norm2, self.dnorm2 = store.rows([f"{prefix}.mlp_norm.weight"])
 
@@ -67,6 +69,9 @@ class Block:
 
         sinks: the memory that this block gave when it read the sinks, None without them.
         """
+        if state is not None and x.shape[1] == 1 and self.decodes and ctx.tap is None:
+            x, delta = self.mixer.decode(ctx, x, delta, self.norm1, self.eps, state)
+            return *self.ffn.decode(ctx, x, delta, self.norm2, self.eps), None, None
         x, h, s_norm1 = add_norm(ctx.be, x, delta, self.norm1, self.eps)
         delta, memory, s_mixer = self.mixer.forward(ctx, h, state, sinks)
         x, h, s_norm2 = add_norm(ctx.be, x, delta, self.norm2, self.eps)

@@ -18,6 +18,7 @@ so that one product gives all four, and no half-way result needs a rounding of i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class Int8Matrix:
     w8: np.ndarray
     scales: np.ndarray
     k: float = HEAD_K
+    prepared: Any = None  # what a native keeps of it from one token to the next
     dtype = np.dtype(np.float32)  # of what it stands for
 
     @property

@@ -70,15 +70,27 @@ class KeyValueCache:
     def append(self, *new):
         """Remember the keys and values (B,T,G,D) of the next T tokens."""
         T = new[0].shape[1]
+        if T == 1:  # as in decoding: a plain index spares four gathers
+            slot = self.claim()
+            for name, x in zip(self.FIELDS, new, strict=True):
+                getattr(self, name)[:, slot] = x[:, 0]
+            return
         if not self.window:
             self._grow(self.seen + T)
         slots = self.k.shape[1] - self.first
         first = max(0, T - slots)  # tokens before this one would be overwritten at once
-        # one token, as in decoding: a plain index spares four gathers
-        at = self.seen % slots if T == 1 else (self.seen + self.be.xp.arange(first, T)) % slots
+        at = (self.seen + self.be.xp.arange(first, T)) % slots
         for name, x in zip(self.FIELDS, new, strict=True):
-            getattr(self, name)[:, self.first + at] = x[:, 0] if T == 1 else x[:, first:]
+            getattr(self, name)[:, self.first + at] = x[:, first:]
         self.seen += T
+
+    def claim(self) -> int:
+        """The slot of the next token, counted as read: the caller fills it."""
+        if not self.window:
+            self._grow(self.seen + 1)
+        slot = self.first + self.seen % (self.k.shape[1] - self.first)
+        self.seen += 1
+        return slot
 
     def past(self):
         """Keys and values that the next token may see, oldest first."""

@@ -1,4 +1,5 @@
-# The gate tied to the key, for the module of gates and for that of heads, which splits q, k and v on the way.
+# Gates for other modules: the one tied to the key for heads.pyx, which splits q, k and v on the way, and a row of the
+# low-rank one for decode.pyx.
 from libc.math cimport fabs
 from libc.stdint cimport int64_t
 
@@ -20,3 +21,6 @@ cdef inline void tied_gate_back(const real* dk, const real* dlog_g, const real* 
     cdef int64_t i
     for i in range(n):
         dz[i] = k[i] * (dk[i] * (1 - k[i]) - dlog_g[i])
+
+
+cdef void log_gate_row(const real* z, real divisor, real* log_g, int64_t n) noexcept nogil

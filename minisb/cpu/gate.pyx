@@ -24,10 +24,10 @@ def log_gate_forward(be, z, divisor):
 cdef _forward(int threads, const real[::1] z, real divisor, real[::1] log_g):
     cdef int64_t b, n = z.shape[0]
     for b in prange((n + BLOCK - 1) // BLOCK, nogil=True, schedule="static", num_threads=team(threads, n)):
-        _forward_block(&z[b * BLOCK], divisor, &log_g[b * BLOCK], min(BLOCK, n - b * BLOCK))
+        log_gate_row(&z[b * BLOCK], divisor, &log_g[b * BLOCK], min(BLOCK, n - b * BLOCK))
 
 
-cdef inline void _forward_block(const real* z, real divisor, real* log_g, int64_t n) noexcept nogil:
+cdef void log_gate_row(const real* z, real divisor, real* log_g, int64_t n) noexcept nogil:
     cdef int64_t i
     cdef real least
     for i in range(n):

@@ -8,6 +8,7 @@ stay in the second cache.
 import numpy as np
 
 from cython.parallel cimport prange
+from libc.math cimport pow
 from libc.stdint cimport int64_t
 
 from minisb.cpu.common cimport real
@@ -33,7 +34,7 @@ cdef extern from "gla.h" nogil:
 
 def gla_forward(be, q, k, v, log_g, state=None, scale=None, int64_t chunk=16):
     """See ops/gla.py."""
-    if k.shape[3] % 4 or k.shape[3] > MOST_D:
+    if not walks(k.shape[3]):
         return reference.gla_forward.reference(be, q, k, v, log_g, state, scale, chunk)
     q, k, v, log_g = _contiguous(q, k, v, log_g)
     B, T, G, D = k.shape
@@ -51,7 +52,7 @@ def gla_forward(be, q, k, v, log_g, state=None, scale=None, int64_t chunk=16):
 def gla_backward(be, do, dstate, saved):
     """See ops/gla.py."""
     q, k, v, log_g, scale, chunk, states = saved
-    if k.shape[3] % 4 or k.shape[3] > MOST_D:
+    if not walks(k.shape[3]):
         return reference.gla_backward.reference(be, do, dstate, saved)
     q, k, v, log_g, do, states = _contiguous(q, k, v, log_g, do, states)
     B, T, G, D = k.shape
@@ -68,7 +69,7 @@ def gla_backward(be, do, dstate, saved):
 def gla_step(be, q, k, v, log_g, state, scale=None):
     """See ops/gla.py."""
     D = k.shape[3]
-    if D % 4 or D > MOST_D or not state.flags.c_contiguous:
+    if not walks(D) or not state.flags.c_contiguous:
         return reference.gla_step.reference(be, q, k, v, log_g, state, scale)
     q, k, v, log_g = _contiguous(q, k, v, log_g)
     o = np.empty(q.shape, q.dtype)
@@ -78,6 +79,15 @@ def gla_step(be, q, k, v, log_g, state, scale=None):
     else:
         _forward[double](be.threads, q, k, v, log_g, state, None, o, scale, 1)
     return o
+
+
+cdef bint walks(int64_t D) noexcept nogil:
+    return D % 4 == 0 and D <= MOST_D
+
+
+cdef void walk_token(int64_t D, int64_t R, const float* q, const float* k, const float* v, const float* log_g,
+                     float* S, float* o) noexcept nogil:
+    gla_walk_forward_float(D, 1, R, 1, <float>pow(D, -0.5), q, k, v, log_g, R * D, D, S, NULL, 0, o)
 
 
 def _contiguous(*arrays):

@@ -30,12 +30,12 @@ cdef _forward(int threads, const real[:, :, :] qkv, real[:, ::1] q, real[:, ::1]
     cdef const real* row
     for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * (nq + 2 * nk))):
         row = &qkv[r // T, r % T, 0]
-        _relu(row, &q[r, 0], nq)
-        _relu(row + nq, &k[r, 0], nk)
+        relu_row(row, &q[r, 0], nq)
+        relu_row(row + nq, &k[r, 0], nk)
         memcpy(&v[r, 0], row + nq + nk, nk * sizeof(real))
 
 
-cdef inline void _relu(const real* x, real* y, int64_t n) noexcept nogil:
+cdef void relu_row(const real* x, real* y, int64_t n) noexcept nogil:
     cdef int64_t i
     for i in range(n):
         y[i] = <real>0 if x[i] < 0 else x[i]  # NaN passes

@@ -51,12 +51,18 @@ def _norm(be, x, delta, w, eps):
 
 cdef _forward(int threads, const real[::1] x, const real[::1] delta, const real[::1] z, real[::1] y, real[::1] rstd,
               const real[::1] w, real eps):
-    cdef int64_t r, C = w.shape[0], rows = rstd.shape[0]
-    cdef bint add = &x[0] != &z[0]  # else z is the caller's x, which is only read
-    for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * C)):
-        if add:
-            _sum_row(&x[r * C], &delta[r * C], <real*>&z[r * C], C)
-        rstd[r] = _norm_row(&z[r * C], &w[0], &y[r * C], C, eps)
+    cdef real* sum = NULL if &x[0] == &z[0] else <real*>&z[0]  # else z is the caller's x, which is only read
+    with nogil:
+        norm_rows(threads, &x[0], &delta[0], &w[0], eps, rstd.shape[0], w.shape[0], sum, &y[0], &rstd[0])
+
+
+cdef void norm_rows(int threads, const real* x, const real* delta, const real* w, real eps, int64_t rows, int64_t C,
+                    real* z, real* y, real* rstd) noexcept nogil:
+    cdef int64_t r
+    for r in prange(rows, schedule="static", num_threads=team(threads, rows * C)):
+        if z != NULL:
+            _sum_row(x + r * C, delta + r * C, z + r * C, C)
+        rstd[r] = _norm_row((z if z != NULL else x) + r * C, w, y + r * C, C, eps)
 
 
 cdef inline void _sum_row(const real* x, const real* delta, real* z, int64_t C) noexcept nogil:

@@ -32,8 +32,8 @@ cdef _forward(int threads, const real[:, :, :] qkv, const real[:, ::1] cos, cons
     for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * (nq + 2 * nk))):
         t = r % T
         row = &qkv[r // T, t, 0]
-        _rotate(row, &q[r, 0], &cos[t, 0], &sin[t, 0], nq, half, 1)
-        _rotate(row + nq, &k[r, 0], &cos[t, 0], &sin[t, 0], nk, half, 1)
+        rotate_heads(row, &q[r, 0], &cos[t, 0], &sin[t, 0], nq, half, 1)
+        rotate_heads(row + nq, &k[r, 0], &cos[t, 0], &sin[t, 0], nk, half, 1)
         memcpy(&v[r, 0], row + nq + nk, nk * sizeof(real))
 
 
@@ -57,13 +57,13 @@ cdef _backward(int threads, const real[:, ::1] dq, const real[:, ::1] dk, const 
     for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * (nq + 2 * nk))):
         t = r % T
         row = &dqkv[r // T, t, 0]
-        _rotate(&dq[r, 0], row, &cos[t, 0], &sin[t, 0], nq, half, -1)
-        _rotate(&dk[r, 0], row + nq, &cos[t, 0], &sin[t, 0], nk, half, -1)
+        rotate_heads(&dq[r, 0], row, &cos[t, 0], &sin[t, 0], nq, half, -1)
+        rotate_heads(&dk[r, 0], row + nq, &cos[t, 0], &sin[t, 0], nk, half, -1)
         memcpy(row + nq + nk, &dv[r, 0], nk * sizeof(real))
 
 
-cdef inline void _rotate(const real* x, real* y, const real* cos, const real* sin, int64_t n, int64_t half,
-                         real direction) noexcept nogil:
+cdef void rotate_heads(const real* x, real* y, const real* cos, const real* sin, int64_t n, int64_t half,
+                       real direction) noexcept nogil:
     """n channels, heads of 2 * half; direction 1 turns, -1 turns back."""
     cdef int64_t h, start, i
     cdef real a, b, s

@@ -23,10 +23,10 @@ def swiglu_forward(be, gate_up):
 cdef _forward(int threads, const real[:, ::1] gate_up, real[:, ::1] h):
     cdef int64_t r, rows = h.shape[0], F = h.shape[1]
     for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * F)):
-        _forward_row(&gate_up[r, 0], &gate_up[r, F], &h[r, 0], F)
+        swiglu_row(&gate_up[r, 0], &gate_up[r, F], &h[r, 0], F)
 
 
-cdef inline void _forward_row(const real* gate, const real* up, real* h, int64_t F) noexcept nogil:
+cdef void swiglu_row(const real* gate, const real* up, real* h, int64_t F) noexcept nogil:
     cdef int64_t i
     for i in range(F):
         h[i] = gate[i] * sigmoid_real(gate[i]) * up[i]

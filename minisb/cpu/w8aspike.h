@@ -3,12 +3,14 @@
    Everything is written once per path, a set of instructions, and a path is chosen when the module is
    loaded: "avx2" where the processor has it, else "portable".  All paths give equal bits, because
 
-   - integer sums are exact in any order.  AVX2 multiplies unsigned by signed bytes, |s| by w with the
-     sign of s moved over; in [-127, 127] a sum of two such products fits in its 16 bits (32,258).
+   - integer sums are exact in any order.  AVX2 multiplies unsigned by signed bytes and adds two products in
+     16 bits.  Small counts are multiplied by w + 128, less 128 times their own sum, which is known
+     beforehand: one instruction less than the other way, |s| by w with the sign of s moved over, which fits for
+     all of [-127, 127] (32,258).
    - fp32 sums are written in one order: |x| in 32 lanes, groups of a row in index order.
      Compile with -ffp-contract=off and without -fassociative-math, as setup.py does.
 
-   A path for AVX-VNNI would be one more `sums`: s + 128 against w, less 128 times w's sum over the group.
+   A path for AVX-VNNI would be one more small_block: w + 128 against s, with nothing to saturate.
 
    A product reads its weights once, four rows side by side, and nothing else of any size: with one token it
    runs at the speed of memory.  With many tokens the four rows stay in the first cache.  Asking for weights
@@ -19,7 +21,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 128, FOUR = 4, LANES = 32, COUNT_MAX = 1 << 17, SMALL = 31, AHEAD = 6144 };
+enum { BLOCK = 128, FOUR = 4, LANES = 32, COUNT_MAX = 1 << 17, SMALL = 31, AHEAD = 10240 };
 
 /* What the counts beyond int8 exceed it by: channels in order, ended by one at INT32_MAX. */
 typedef struct {
@@ -28,9 +30,10 @@ typedef struct {
 
 /* One token's counts, as a product reads them. */
 typedef struct {
-    int8_t *s, *magnitude; /* counts in [-127, 127] and their absolute values, filled up with zeros to whole blocks */
-    int8_t *small;         /* for each block of 128: is no magnitude above SMALL? */
-    Rest *rest;            /* (I + 1) */
+    int8_t *s;      /* counts in [-127, 127], filled up with zeros to whole blocks */
+    int8_t *small;  /* for each block of 128: is it whole, with nothing above SMALL or below -SMALL? */
+    int32_t *extra; /* for each block: what w + 128 instead of w adds, 128 times the sum of s; 0 if not small */
+    Rest *rest;     /* (I + 1) */
     float vth;
 } Spikes;
 
@@ -81,15 +84,15 @@ static inline int32_t bits_of(float x) {
 static inline __attribute__((always_inline)) void spike_body(const float *restrict x, Spikes *to, int64_t n, float k,
                                                              float least, float most) {
     float vth = threshold(x, n, k, least, most);
-    int8_t *restrict s = to->s, *restrict magnitude = to->magnitude;
+    int8_t *restrict s = to->s;
     float finite = vth == vth ? vth : INFINITY; /* no spikes at all */
     int32_t beyond = 0, most_int8 = bits_of(127), small = bits_of(SMALL);
-    for (int64_t block = 0; block * BLOCK < n; block++, s += BLOCK, magnitude += BLOCK) {
+    for (int64_t block = 0; block * BLOCK < n; block++, s += BLOCK) {
         /* Loops so short and plain that each becomes vector instructions. */
         const int64_t inside = n - block * BLOCK < BLOCK ? n - block * BLOCK : BLOCK;
         const float *from = x + block * BLOCK;
         float t[BLOCK] = {0};
-        int32_t bits[BLOCK], top = 0; /* of |t|: numbers of one sign are ordered as their bits are */
+        int32_t bits[BLOCK], total = 0, top = 0; /* of |t|: numbers of one sign are ordered as their bits are */
         for (int64_t i = 0; i < inside; i++) t[i] = rintf(from[i] / finite);
         if (vth != vth) memset(t, 0, sizeof t);
         memcpy(bits, t, sizeof t);
@@ -100,14 +103,15 @@ static inline __attribute__((always_inline)) void spike_body(const float *restri
         for (int i = 0; i < BLOCK; i++) t[i] = t[i] > 127 ? 127 : t[i];
         for (int i = 0; i < BLOCK; i++) t[i] = t[i] < -127 ? -127 : t[i];
         for (int i = 0; i < BLOCK; i++) s[i] = (int8_t)(int32_t)t[i];
-        for (int i = 0; i < BLOCK; i++) magnitude[i] = (int8_t)(s[i] < 0 ? -s[i] : s[i]);
-        to->small[block] = top <= small;
+        for (int i = 0; i < BLOCK; i++) total += s[i];
+        to->small[block] = inside == BLOCK && top <= small;
+        to->extra[block] = to->small[block] ? 128 * total : 0;
         beyond |= top > most_int8;
     }
-    s = to->s, magnitude = to->magnitude;
+    s = to->s;
     Rest *rest = to->rest;
     for (int64_t c = 0; beyond && c < n; c++)
-        if (magnitude[c] == 127) {
+        if (s[c] == 127 || s[c] == -127) {
             int32_t t = count_of(x[c], vth) - s[c];
             if (t) *rest++ = (Rest){(int32_t)c, t};
         }
@@ -141,46 +145,31 @@ static inline __attribute__((always_inline)) float to_int8_body(const float *res
 
 /* ---- the product --------------------------------------------------------------------------------- */
 
-/* Channels at to at + n, n <= 128, of four rows of weights, times the counts. */
-static inline __attribute__((always_inline)) void sums_portable(const int8_t *const *w, const Spikes *x, int64_t at,
-                                                                int64_t n, int32_t *sums) {
-    for (int r = 0; r < FOUR; r++) {
-        int32_t sum = 0, size = (int32_t)n;
-        for (int i = 0; i < size; i++) sum += (int32_t)w[r][at + i] * x->s[at + i];
-        sums[r] = sum;
+/* `rows` <= 4 rows of y = vth * sum over groups of scale * (w s) + b, for one token. */
+static void rows_portable(const Matrix *m, int64_t row, int rows, const Spikes *x, float *y) {
+    for (int r = 0; r < rows; r++) {
+        const int8_t *w = m->w + (row + r) * m->I;
+        const float *scale = m->scales + row + r;
+        const Rest *rest = x->rest;
+        float total = 0;
+        int32_t whole = 0; /* of the row, where it has one scale */
+        for (int64_t at = 0; at < m->I; at += BLOCK) {
+            const int size = (int)(m->I - at < BLOCK ? m->I - at : BLOCK);
+            int32_t sum = 0;
+            for (int i = 0; i < size; i++) sum += (int32_t)w[at + i] * x->s[at + i];
+            for (; rest->channel < at + size; rest++) sum += w[rest->channel] * rest->value;
+            if (m->groups == 1) {
+                whole += sum;
+            } else {
+                total += (float)sum * *scale;
+                scale += m->O;
+            }
+        }
+        if (m->groups == 1) total += (float)whole * *scale;
+        total *= x->vth;
+        y[row + r] = m->b ? total + m->b[row + r] : total;
     }
 }
-
-/* `rows` <= 4 rows of y = vth * sum over groups of scale * (w s) + b, for one token. */
-#define DEFINE_ROWS(PATH, TARGET)                                                                                \
-    TARGET static void rows_##PATH(const Matrix *m, int64_t row, int rows, const Spikes *x, float *y) {          \
-        const int8_t *w[FOUR];                                                                                   \
-        const float *scale = m->scales + row;                                                                    \
-        const Rest *rest = x->rest;                                                                              \
-        float total[FOUR] = {0};                                                                                 \
-        int32_t sums[FOUR], whole[FOUR] = {0}; /* of the row, where it has one scale */                          \
-        for (int r = 0; r < FOUR; r++) w[r] = m->w + (r < rows ? row + r : row) * m->I;                          \
-        for (int64_t at = 0; at < m->I; at += BLOCK) {                                                           \
-            int64_t n = m->I - at < BLOCK ? m->I - at : BLOCK;                                                   \
-            sums_##PATH(w, x, at, n, sums);                                                                      \
-            for (; rest->channel < at + n; rest++)                                                               \
-                for (int r = 0; r < FOUR; r++) sums[r] += w[r][rest->channel] * rest->value;                     \
-            if (m->groups == 1) {                                                                                \
-                for (int r = 0; r < FOUR; r++) whole[r] += sums[r];                                              \
-            } else if (rows == FOUR) {                                                                           \
-                for (int r = 0; r < FOUR; r++) total[r] += (float)sums[r] * scale[r];                            \
-                scale += m->O;                                                                                   \
-            } else {                                                                                             \
-                for (int r = 0; r < rows; r++) total[r] += (float)sums[r] * scale[r];                            \
-                scale += m->O;                                                                                   \
-            }                                                                                                    \
-        }                                                                                                        \
-        for (int r = 0; r < rows; r++) {                                                                         \
-            if (m->groups == 1) total[r] += (float)whole[r] * scale[r];                                          \
-            total[r] *= x->vth;                                                                                  \
-            y[row + r] = m->b ? total[r] + m->b[row + r] : total[r];                                             \
-        }                                                                                                        \
-    }
 
 /* ---- attention of one query over an int8 cache --------------------------------------------------- */
 
@@ -222,7 +211,6 @@ static inline __attribute__((always_inline)) void sums_portable(const int8_t *co
         return query_body(x, s, n, k, least, most);                                                              \
     }                                                                                                            \
     TARGET static float to_int8_##PATH(const float *x, int8_t *to, int64_t n) { return to_int8_body(x, to, n); } \
-    DEFINE_ROWS(PATH, TARGET)                                                                                    \
     DEFINE_ATTEND(PATH, TARGET)
 
 DEFINE_PATH(portable, )
@@ -233,49 +221,87 @@ DEFINE_PATH(portable, )
 
 AVX2 static inline __m256i load32(const int8_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
-/* 32 products in 16 sums of two: |s| times w with the sign of s. */
-AVX2 static inline __m256i pairs(__m256i w, const int8_t *s, const int8_t *magnitude) {
-    return _mm256_maddubs_epi16(load32(magnitude), _mm256_sign_epi8(w, load32(s)));
+/* 32 products in 16 sums of two: w + 128 times small counts s, or |s| times w with the sign of s. */
+AVX2 static inline __m256i small_pairs(__m256i w, __m256i s) {
+    return _mm256_maddubs_epi16(_mm256_xor_si256(w, _mm256_set1_epi8(-128)), s);
+}
+
+AVX2 static inline __m256i any_pairs(__m256i w, __m256i s) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(w, s));
 }
 
 /* 16 sums of 16 bits in 8 of 32 bits. */
 AVX2 static inline __m256i widen(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 
-/* A whole block with small counts: 4 * 2 * 31 * 127 still fits in 16 bits, so widening once is enough. */
-AVX2 static inline __m256i small_block(const int8_t *w, const int8_t *s, const int8_t *magnitude) {
-    __m256i a = _mm256_add_epi16(pairs(load32(w), s, magnitude), pairs(load32(w + 32), s + 32, magnitude + 32));
-    __m256i b = _mm256_add_epi16(pairs(load32(w + 64), s + 64, magnitude + 64),
-                                 pairs(load32(w + 96), s + 96, magnitude + 96));
-    return widen(_mm256_add_epi16(a, b));
-}
-
-/* n <= 128 counts of any size. */
-AVX2 static inline __m256i any_block(const int8_t *w, const int8_t *s, const int8_t *magnitude, int64_t n) {
-    __m256i sum = _mm256_setzero_si256();
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) sum = _mm256_add_epi32(sum, widen(pairs(load32(w + i), s + i, magnitude + i)));
-    if (i < n) {
-        int8_t tail[32] = {0};
-        memcpy(tail, w + i, n - i);
-        sum = _mm256_add_epi32(sum, widen(pairs(load32(tail), s + i, magnitude + i)));
-    }
-    return sum;
-}
-
-AVX2 static inline void sums_avx2(const int8_t *const *w, const Spikes *x, int64_t at, int64_t n, int32_t *sums) {
-    __m256i sum[FOUR];
-    const int8_t *s = x->s + at, *magnitude = x->magnitude + at;
-    /* The four rows are one stretch of memory, to be asked for from its beginning to its end. */
-    _Pragma("GCC unroll 8") for (int line = 0; line < FOUR * BLOCK; line += 64)
-        _mm_prefetch((const char *)w[0] + FOUR * at + AHEAD + line, _MM_HINT_T0);
-    if (n == BLOCK && x->small[at / BLOCK]) {
-        _Pragma("GCC unroll 4") for (int r = 0; r < FOUR; r++) sum[r] = small_block(w[r] + at, s, magnitude);
-    } else {
-        for (int r = 0; r < FOUR; r++) sum[r] = any_block(w[r] + at, s, magnitude, n);
-    }
+/* The sums of four vectors. */
+AVX2 static inline __m128i across(const __m256i *sum) {
     __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
-    __m128i all = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-    _mm_storeu_si128((__m128i *)sums, all);
+    return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+}
+
+/* A block of small counts with four rows that lie I apart, and what w + 128 adds to each.
+   2 * 2 * 255 * 31 still fits in 16 bits, so pairs are widened two by two. */
+AVX2 static inline __m128i small_block(const int8_t *w, int64_t I, const int8_t *s) {
+    __m256i sum[FOUR];
+    _Pragma("GCC unroll 4") for (int r = 0; r < FOUR; r++, w += I) {
+        __m256i a = _mm256_add_epi16(small_pairs(load32(w), load32(s)), small_pairs(load32(w + 32), load32(s + 32)));
+        __m256i b = _mm256_add_epi16(small_pairs(load32(w + 64), load32(s + 64)),
+                                     small_pairs(load32(w + 96), load32(s + 96)));
+        sum[r] = _mm256_add_epi32(widen(a), widen(b));
+    }
+    return across(sum);
+}
+
+/* n <= 128 counts of any size with four rows. */
+AVX2 static __attribute__((noinline)) __m128i any_block(const int8_t *w, int64_t I, const int8_t *s, int64_t n) {
+    __m256i sum[FOUR] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _Pragma("GCC unroll 4") for (int r = 0; r < FOUR; r++)
+            sum[r] = _mm256_add_epi32(sum[r], widen(any_pairs(load32(w + r * I + i), load32(s + i))));
+    for (int r = 0; i < n && r < FOUR; r++) {
+        int8_t tail[32] = {0};
+        memcpy(tail, w + r * I + i, n - i);
+        sum[r] = _mm256_add_epi32(sum[r], widen(any_pairs(load32(tail), load32(s + i))));
+    }
+    return across(sum);
+}
+
+/* As rows_portable, four rows in the lanes of a vector. */
+AVX2 static void rows_avx2(const Matrix *m, int64_t row, int rows, const Spikes *x, float *y) {
+    const int64_t I = m->I, O = m->O, by_group = m->groups > 1;
+    const int8_t *w = m->w + row * I, *s = x->s;
+    const float *scale = m->scales + row;
+    const Rest *rest = x->rest;
+    __m128 total = _mm_setzero_ps();
+    __m128i whole = _mm_setzero_si128();
+    if (rows < FOUR) {
+        rows_portable(m, row, rows, x, y);
+        return;
+    }
+    for (int64_t at = 0; at < I; at += BLOCK) {
+        /* The four rows are one stretch of memory, to be asked for from its beginning to its end. */
+        _Pragma("GCC unroll 8") for (int line = 0; line < FOUR * BLOCK; line += 64)
+            _mm_prefetch((const char *)w + FOUR * at + AHEAD + line, _MM_HINT_T0);
+        __m128i sum = x->small[at / BLOCK] ? small_block(w + at, I, s + at)
+                                           : any_block(w + at, I, s + at, I - at < BLOCK ? I - at : BLOCK);
+        sum = _mm_sub_epi32(sum, _mm_set1_epi32(x->extra[at / BLOCK]));
+        for (; rest->channel < at + BLOCK; rest++) {
+            const int8_t *c = w + rest->channel;
+            __m128i four = _mm_setr_epi32(c[0], c[I], c[2 * I], c[3 * I]);
+            sum = _mm_add_epi32(sum, _mm_mullo_epi32(four, _mm_set1_epi32(rest->value)));
+        }
+        if (by_group) {
+            total = _mm_add_ps(total, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_loadu_ps(scale)));
+            scale += O;
+        } else {
+            whole = _mm_add_epi32(whole, sum);
+        }
+    }
+    if (!by_group) total = _mm_mul_ps(_mm_cvtepi32_ps(whole), _mm_loadu_ps(scale));
+    total = _mm_mul_ps(total, _mm_set1_ps(x->vth));
+    if (m->b) total = _mm_add_ps(total, _mm_loadu_ps(m->b + row));
+    _mm_storeu_ps(y + row, total);
 }
 
 DEFINE_PATH(avx2, AVX2)
@@ -304,14 +330,16 @@ static int find_paths(Path *found) {
 }
 
 /* Where a token's counts lie in `room`, of spike_room(I) bytes that start on a cache line. */
-static int64_t spike_room(int64_t I) {
-    int64_t wide = (I + BLOCK - 1) / BLOCK * BLOCK;
-    return (2 * wide + wide / BLOCK + (I + 1) * (int64_t)sizeof(Rest) + 127) / 64 * 64;
+static Spikes spikes_in(int8_t *room, int64_t I) {
+    int64_t blocks = (I + BLOCK - 1) / BLOCK, wide = blocks * BLOCK;
+    int32_t *extra = (int32_t *)(room + wide);
+    Rest *rest = (Rest *)(extra + blocks);
+    return (Spikes){room, (int8_t *)(rest + I + 1), extra, rest, 0};
 }
 
-static Spikes spikes_in(int8_t *room, int64_t I) {
-    int64_t wide = (I + BLOCK - 1) / BLOCK * BLOCK, end = (2 * wide + wide / BLOCK + 63) / 64 * 64;
-    return (Spikes){room, room + wide, room + 2 * wide, (Rest *)(room + end), 0};
+static int64_t spike_room(int64_t I) {
+    int64_t blocks = (I + BLOCK - 1) / BLOCK;
+    return (spikes_in(0, I).small + blocks - (int8_t *)0 + 63) / 64 * 64;
 }
 
 /* Rows first to last of the product for all N tokens x -> y (N, O). */

@@ -7,7 +7,7 @@ many there are.
 import numpy as np
 
 from cython.parallel cimport prange, threadid
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int16_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -17,37 +17,7 @@ from minisb.ops import w8aspike as reference
 from minisb.ops.spike import VTH_MAX, VTH_MIN
 
 cdef extern from "w8aspike.h" nogil:
-    ctypedef struct Rest:
-        int32_t channel, value
-
-    ctypedef struct Spikes:
-        int8_t* s
-        Rest* rest
-        float vth
-
-    ctypedef struct Matrix:
-        const int8_t* w
-        const float* scales
-        float* b  # or NULL
-        int64_t O, I, groups
-
-    ctypedef void (*Spike)(const float*, Spikes*, int64_t, float, float, float) noexcept nogil
-    ctypedef float (*Query)(const float*, int16_t*, int64_t, float, float, float) noexcept nogil
-    ctypedef float (*ToInt8)(const float*, int8_t*, int64_t) noexcept nogil
-    ctypedef void (*Attend)(const int16_t*, const float*, const int8_t*, const float*, const int8_t*, const float*,
-                            int64_t, int64_t, int64_t, int64_t, float, float*, float*) noexcept nogil
-
-    ctypedef struct Path:
-        const char* name
-        Spike spike
-        Query query
-        ToInt8 to_int8
-        Attend attend
-
     int find_paths(Path* found)
-    int64_t spike_room(int64_t I)
-    Spikes spikes_in(int8_t* room, int64_t I)
-    void product(const Path* path, const Matrix* m, int64_t first, int64_t last, int64_t N, const Spikes* x, float* y)
     uint64_t read_bytes(const uint64_t* x, int64_t n)
 
 cdef Path found[4]
@@ -67,6 +37,10 @@ def use_path(name):
     if name not in paths():
         raise MinisbError(f"this processor has no path {name!r}; choose from {', '.join(paths())}.")
     path = found[paths().index(name)]
+
+
+cdef const Path* chosen_path() noexcept nogil:
+    return &path
 
 
 # --------------------------------------------------------------------------------------- counts
@@ -141,15 +115,19 @@ def w8aspike_linear(be, x, w8, scales, k, b=None):
 
 
 cdef _product(int threads, const int8_t[:, ::1] w, const float[:, ::1] scales, float[::1] b, Counts x, float[::1] y):
-    """scales (groups,O).  A thread takes whole fours of rows."""
+    """scales (groups,O)."""
     cdef Matrix m
-    cdef int64_t i, O = w.shape[0], N = x.N, fours = (O + 3) // 4
-    cdef const Spikes* of = x.of
-    cdef int used = team(threads, N * O * x.C // 8)
-    m.w, m.scales, m.O, m.I, m.groups = &w[0, 0], &scales[0, 0], O, x.C, scales.shape[0]
+    m.w, m.scales, m.O, m.I, m.groups = &w[0, 0], &scales[0, 0], w.shape[0], x.C, scales.shape[0]
     m.b = NULL if b is None else &b[0]
-    for i in prange(used, nogil=True, schedule="static", num_threads=used):
-        product(&path, &m, 4 * (fours * i // used), min(O, 4 * (fours * (i + 1) // used)), N, of, &y[0])
+    multiply(threads, &m, x.N, x.of, &y[0])
+
+
+cdef void multiply(int threads, const Matrix* m, int64_t N, const Spikes* x, float* y) noexcept nogil:
+    """A thread takes whole fours of rows."""
+    cdef int64_t i, O = m.O, fours = (O + 3) // 4
+    cdef int used = team(threads, N * O * m.I // 8)
+    for i in prange(used, schedule="static", num_threads=used):
+        product(&path, m, 4 * (fours * i // used), min(O, 4 * (fours * (i + 1) // used)), N, x, y)
 
 
 # --------------------------------------------------------------------------------------- attention
