@@ -248,7 +248,7 @@ def test_an_expert_that_no_token_reaches_is_fitted_to_the_whole_layer(be):
         w = model.store.p[f"layers.1.mlp.experts.{part}_proj.weight"]
         for e in range(4):
             w8, scales = (tensors[f"layers.1.mlp.experts.{part}_proj.weight{end}"][e] for end in (INT8, SCALES))
-            assert relative_rms(np.delete(dequantize_weight(w8, scales), 5, 1), np.delete(w[e], 5, 1)) < 0.02
+            assert relative_rms(np.delete(dequantize_weight(w8, scales), 5, 1), np.delete(w[e], 5, 1)) < 0.03
     assert np.isfinite(SpikingBrain(C, be, store_of(tensors, section["k"])).forward(tokens_of(2, 20, C))).all()
 
 
