@@ -1,14 +1,18 @@
-"""Gated linear attention on one GPU in bfloat16, forward: milliseconds and the share of memory's own speed.
+"""Gated linear attention on one GPU in bfloat16: milliseconds forward and backward, by variants, beside memory's speed.
 
-    python bench/gpu_gla.py
+    python bench/gpu_gla.py [--parts] [--peer]
 
 Rows: a training batch (B 32, T 1024, H 12, D 64, with 12 and with 4 key heads), and one layer of the 7B over a
 long text (B 1, T 32768, H 28, G 4, D 128).  The states that backward needs are saved, as in training.  Median of
-20 between CUDA events; bytes are inputs, output and saved states once; the copy is what this GPU reaches.
+20 between CUDA events; bytes are inputs, outputs and saved states once; the copy is what this GPU reaches.
+
+--parts: each kernel by itself.  --peer: flash-linear-attention's chunk_gla (needs PyTorch and that package), which
+takes as many key heads as query heads: k, v and the gates are repeated before its time begins.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,9 +23,15 @@ import ml_dtypes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minisb.backend import choose  # noqa: E402
-from minisb.ops.gla import gla_forward  # noqa: E402
+from minisb.launchers import linear_attention  # noqa: E402
+from minisb.ops.gla import gla_backward, gla_forward  # noqa: E402
 
 ROWS = ((32, 1024, 12, 12, 64), (32, 1024, 12, 4, 64), (1, 32768, 28, 4, 128))
+FORWARD = {"walks": False, "chunks": True}
+BACKWARD = {
+    64: {"8 warps": ("gla_fast_backward_64", 256)},
+    128: {"8 warps": ("gla_fast_backward_128", 256), "16 warps": ("gla_fast_backward_128_16", 512)},
+}
 
 
 def milliseconds(call, rounds: int = 20) -> float:
@@ -36,23 +46,118 @@ def milliseconds(call, rounds: int = 20) -> float:
     return sorted(times[3:])[rounds // 2]
 
 
-def main():
-    be, why = choose("cuda")
+def copy_rate() -> float:
+    """GB/s, read and written."""
     big = cupy.zeros(1 << 28, "float32")
     other = cupy.empty_like(big)
-    reach = 2 * big.nbytes / milliseconds(lambda: cupy.copyto(other, big)) / 1e6
+    return 2 * big.nbytes / milliseconds(lambda: cupy.copyto(other, big)) / 1e6
+
+
+def parts(be, call, rounds: int = 7) -> dict[str, float]:
+    """Median milliseconds of each kernel that call() launches."""
+    times, launch = {}, be.launch
+
+    def timed(name, *args, **kwargs):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        launch(name, *args, **kwargs)
+        end.record()
+        end.synchronize()
+        times.setdefault(name, []).append(cupy.cuda.get_elapsed_time(start, end))
+
+    be.launch = timed
+    try:
+        for _ in range(rounds):
+            call()
+    finally:
+        del be.launch  # the class's own again
+    return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+
+
+def bytes_of(B, T, H, G, D) -> tuple[int, int]:
+    """Forward and backward: q, o or q, do, dq; k, v or k, v, dk, dv; gates and their gradient; states."""
+    q, k, states = 2 * B * T * H * D, 2 * B * T * G * D, 4 * B * -(-T // 64) * G * D * D
+    return 2 * q + 2 * k + 2 * k + states, 3 * q + 4 * k + 4 * k + states
+
+
+def ours(be, shape, reach, show_parts) -> dict:
+    B, T, H, G, D = shape
+    draw = [cupy.random.standard_normal((B, T, n, D), dtype="float32") for n in (H, G, G, H)]
+    q, k, v, do = (x.astype(ml_dtypes.bfloat16) for x in draw)
+    del draw
+    log_g = -0.1 * cupy.random.random((B, T, G, D), dtype="float32")
+    forward_bytes, backward_bytes = bytes_of(*shape)
+    found = {}
+
+    def row(name, call, size):
+        ms = milliseconds(call)
+        print(f"  {name:<22}{ms:8.3f} ms {size / ms / 1e6:6.0f} GB/s {size / ms / 1e6 / reach:5.0%} of the copy")
+        found[name] = ms
+        if show_parts:
+            for kernel, each in parts(be, call).items():
+                print(f"      {kernel:<28}{each:8.3f} ms")
+                found[f"{name}: {kernel}"] = each
+
+    print(f"B {B} T {T} H {H} G {G} D {D}")
+    usual = linear_attention.BY_CHUNKS
+    for name, by_chunks in FORWARD.items():
+        linear_attention.BY_CHUNKS = by_chunks
+        row(f"forward, {name}", lambda: gla_forward(be, q, k, v, log_g), forward_bytes)
+    linear_attention.BY_CHUNKS = usual
+    saved = gla_forward(be, q, k, v, log_g)[2]
+    usual = linear_attention.BACKWARD[D]
+    for name, kernel in BACKWARD[D].items():
+        linear_attention.BACKWARD[D] = kernel
+        row(f"backward, {name}", lambda: gla_backward(be, do, None, saved), backward_bytes)
+    linear_attention.BACKWARD[D] = usual
+    row("both", lambda: gla_backward(be, do, None, gla_forward(be, q, k, v, log_g)[2]), forward_bytes + backward_bytes)
+    return found
+
+
+def peer(shape) -> dict:
+    import torch
+    from fla.ops.gla import chunk_gla
+
+    B, T, H, _, D = shape
+    q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    log_g = (-0.1 * torch.rand(B, T, H, D, device="cuda")).requires_grad_()
+    do = torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16)
+    inputs = q, k, v, log_g
+
+    def run(call, rounds=20):
+        times = []
+        for _ in range(rounds + 5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times[5:])[rounds // 2]
+
+    found = {
+        "peer forward": run(lambda: chunk_gla(*inputs)[0]),
+        "peer both": run(lambda: torch.autograd.grad(chunk_gla(*inputs)[0], inputs, do)),
+    }
+    print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items()))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", action="store_true", help="each kernel by itself")
+    parser.add_argument("--peer", action="store_true", help="flash-linear-attention too")
+    args = parser.parse_args()
+    be, why = choose("cuda")
+    reach = copy_rate()
     print(f"{why}\ncopy: {reach:.0f} GB/s")
     found = {"device": be.device.describe(), "copy_gb_s": reach}
-    for B, T, H, G, D in ROWS:
-        draw = [cupy.random.standard_normal((B, T, n, D), dtype="float32") for n in (H, G, G)]
-        q, k, v = (x.astype(ml_dtypes.bfloat16) for x in draw)
-        log_g = -0.1 * cupy.random.random((B, T, G, D), dtype="float32")
-        ms = milliseconds(lambda q=q, k=k, v=v, log_g=log_g: gla_forward(be, q, k, v, log_g))
-        size = 2 * q.nbytes + k.nbytes + v.nbytes + log_g.nbytes + B * -(-T // 64) * G * D * D * 4
-        rate = size / ms / 1e6
-        name = f"B {B} T {T} H {H} G {G} D {D}"
-        print(f"{name}: {ms:.3f} ms, {rate:.0f} GB/s, {rate / reach:.0%} of the copy")
-        found[name] = {"ms": ms, "gb_s": rate}
+    for shape in ROWS:
+        name = "B {} T {} H {} G {} D {}".format(*shape)
+        found[name] = ours(be, shape, reach, args.parts)
+        cupy.get_default_memory_pool().free_all_blocks()
+        if args.peer:
+            found[name] |= peer(shape)
     print(json.dumps(found))
 
 

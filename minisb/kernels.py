@@ -27,6 +27,7 @@ ELEMENTS = ("float32", "float64", "bfloat16", "float16")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 COMMON, TENSOR_CORES = "common.cuh", "tensor_cores.cuh"
 OPTIONS = ("--std=c++17", "-lineinfo")
+INCLUDE = r'^#include "(\w+\.cuh)"$'
 KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\s*\(([^)]*)\)'
 JOBS = 8  # files compiled at once, at most
 
@@ -56,15 +57,17 @@ def files() -> dict[str, Path]:
 
 @functools.cache
 def assembled(stem: str) -> str:
-    """common.cuh, for NAME_fast.cu also tensor_cores.cuh, and the file as one text.  #line makes the compiler's
-    errors name the reader's files.
+    """common.cuh, for NAME_fast.cu also tensor_cores.cuh, the headers that the file includes, and the file as one
+    text.  #line makes the compiler's errors name the reader's files.
 
     Prepended and not included, because a cache must see every change of it.
     """
     path = files()[stem]
     shared = (COMMON, TENSOR_CORES) if stem.endswith("_fast") else (COMMON,)
-    parts = (*(path.with_name(name) for name in shared), path)
-    return "".join(f'#line 1 "cuda/{part.name}"\n{part.read_text("utf-8")}\n' for part in parts)
+    included = re.findall(INCLUDE, path.read_text("utf-8"), re.MULTILINE)
+    parts = (*(path.with_name(name) for name in (*shared, *included)), path)
+    texts = {part.name: re.sub(INCLUDE, "", part.read_text("utf-8"), flags=re.MULTILINE) for part in parts}
+    return "".join(f'#line 1 "cuda/{name}"\n{text}\n' for name, text in texts.items())
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from minisb.launchers.grid import LARGEST_HEAD, MULTIPROCESSORS, WARPS, contiguous, each, wide_type
+from minisb.launchers.grid import LARGEST_HEAD, MULTIPROCESSORS, WARPS, contiguous, each, tensor_cores, wide_type
 from minisb.ops import gla
 
 FAST_CHUNK = 64  # tokens of a chunk on tensor cores (CHUNK in cuda/gla_fast.cu)
 CHUNK = 16  # tokens between two saved states (CHUNK in cuda/gla.cu)
+BY_CHUNKS = False  # forward: chunks on their own once their states are known, instead of walks
+#: Heads of D channels -> the kernel of backward and its threads ("gla_fast_backward_128_16" has 512).
+BACKWARD = {64: ("gla_fast_backward_64", 256), 128: ("gla_fast_backward_128", 256)}
 
 
 def gla_forward(be, q, k, v, log_g, state=None, scale=None, chunk=CHUNK):
-    if _tensor_cores(be, q):
+    if tensor_cores(be, q, _fast_bytes(q.shape[3])):
         return _gla_forward_fast(be, q, k, v, log_g, state, scale)
     if not _walkable(q, k):
         return gla.gla_forward.reference(be, q, k, v, log_g, state, scale, chunk)
@@ -39,6 +42,8 @@ def gla_step(be, q, k, v, log_g, state, scale=None):
 
 def gla_backward(be, do, dstate, saved):
     q, k, v, log_g, scale, chunk, states = saved
+    if chunk == FAST_CHUNK and states.dtype == "float32" and tensor_cores(be, q, _backward_bytes(q.shape[3])):
+        return _gla_backward_fast(be, do, dstate, saved)
     if not _walkable(q, k):
         return gla.gla_backward.reference(be, do, dstate, saved)
     if chunk > CHUNK:  # more than a thread keeps: walk once more, saving oftener
@@ -57,14 +62,6 @@ def gla_backward(be, do, dstate, saved):
     return dq, dk, dv, dlog_g, dfirst
 
 
-def _tensor_cores(be, q) -> bool:
-    """Whether cuda/gla_fast.cu is for these heads and this GPU (sm_80 and later, and with the shared memory)."""
-    D, target = q.shape[3], getattr(be.device, "target", "sm_0")
-    if q.dtype.itemsize != 2 or D not in (64, 128) or int(target.strip("sm_a")) < 80:
-        return False
-    return _fast_bytes(D) <= be.device.shared_bytes
-
-
 def _fast_bytes(D: int) -> int:
     """sizeof(Shared<D>) in cuda/gla_fast.cu."""
     padded = 2 * (D + 8)
@@ -73,10 +70,16 @@ def _fast_bytes(D: int) -> int:
 
 
 def _gla_forward_fast(be, q, k, v, log_g, first, scale):
-    """Many states: a block walks each.  Few: the text is cut into pieces, whose states are found first."""
     q, k, v, log_g, first = contiguous(be, q, k, v, log_g, first)
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    forward = _forward_by_chunks if BY_CHUNKS else _forward_by_walks
+    o, final, states = forward(be, q, k, v, log_g, first, scale)
+    return o, final, (q, k, v, log_g, scale, FAST_CHUNK, states)
+
+
+def _forward_by_walks(be, q, k, v, log_g, first, scale):
+    """Many states: a block walks each.  Few: the text is cut into pieces, whose states are found first."""
     (B, T, G, D), H = k.shape, q.shape[2]
-    scale = D**-0.5 if scale is None else scale
     chunks = -(-T // FAST_CHUNK)
     a_piece = -(-chunks // max(1, min(chunks // 4, MULTIPROCESSORS // (B * G))))
     pieces = -(-chunks // a_piece)
@@ -92,7 +95,64 @@ def _gla_forward_fast(be, q, k, v, log_g, first, scale):
         each(be, "gla_fast_join", q, final.size, first, ends, decays, final, B * G, pieces, D)
         first, ends = ends, be.xp.empty_like(ends)
     be.launch(kernel, q, grid, 256, *inputs, first, o, ends, states, None, *sizes, shared=shared)
-    return o, final, (q, k, v, log_g, scale, FAST_CHUNK, states)
+    return o, final, states
+
+
+def _forward_by_chunks(be, q, k, v, log_g, first, scale):
+    """The states from chunk to chunk, and then every chunk by itself."""
+    (B, T, G, D), H = k.shape, q.shape[2]
+    states, final = _chunk_states(be, k, v, log_g, first, 1.0, forwards=1)
+    o = be.xp.empty_like(q)
+    kernel = {64: "gla_fast_outputs_64", 128: "gla_fast_outputs_128"}[D]
+    grid, shared = (states.shape[1], B * G), _outputs_bytes(D)
+    be.launch(kernel, q, grid, 256, q, k, v, log_g, states, o, T, H, G, scale, shared=shared)
+    return o, final, states
+
+
+def _outputs_bytes(D: int) -> int:
+    """sizeof(Shared<D>) in cuda/gla_outputs_fast.cu."""
+    rows = FAST_CHUNK * (D + 8)
+    return 2 * (6 * rows + D * (D + 8)) + 4 * (rows + 7 * D)
+
+
+def _added_bytes(D: int) -> int:
+    """sizeof(Shared<D>) in cuda/gla_states_fast.cu."""
+    return FAST_CHUNK * (D + 8) * (4 * 2 + 4) + 3 * 4 * D
+
+
+def _backward_bytes(D: int) -> int:
+    """sizeof(Shared<D>) in cuda/gla_backward_fast.cu."""
+    rows = FAST_CHUNK * (D + 8)
+    scores = FAST_CHUNK * (FAST_CHUNK + 8)
+    return 2 * (6 * rows + 2 * D * (D + 8) + 2 * scores) + 4 * (rows + 8 * D + FAST_CHUNK)
+
+
+def _chunk_states(be, x, y, log_g, first, scale, forwards):
+    """The state before each chunk from x = k, y = v, or the gradient of the state after each from x = q, y = do
+    (B,N,G,D,D), and the one after the last; all float32."""
+    (B, T, G, D), H = log_g.shape, x.shape[2]
+    chunks = -(-T // FAST_CHUNK)
+    states, decays = be.xp.empty((B, chunks, G, D, D), "float32"), be.xp.empty((B, chunks, G, D), "float32")
+    last = be.xp.empty((B, G, D, D), "float32")
+    kernel = {64: "gla_fast_added_64", 128: "gla_fast_added_128"}[D]
+    sizes, shared = (T, H, G, scale, forwards), _added_bytes(D)
+    be.launch(kernel, x, (chunks, B * G), 2 * D, x, y, log_g, states, decays, *sizes, shared=shared)
+    sizes = B, chunks, G * D * D, D, forwards
+    each(be, "gla_fast_scan", x, last.size, first, states, decays, last, *sizes)
+    return states, last
+
+
+def _gla_backward_fast(be, do, dstate, saved):
+    """The gradients of the states from chunk to chunk, and then every chunk by itself."""
+    q, k, v, log_g, scale, _, states = saved
+    do, dstate, q, k, v, log_g, states = contiguous(be, do, dstate, q, k, v, log_g, states)
+    (B, T, G, D), H = k.shape, q.shape[2]
+    dstates, dfirst = _chunk_states(be, q, do, log_g, dstate, scale, forwards=0)
+    dq, dk, dv, dlog_g = (be.xp.empty_like(x) for x in (q, k, v, log_g))
+    kernel, threads = BACKWARD[D]
+    arrays = do, q, k, v, log_g, states, dstates, dq, dk, dv, dlog_g
+    be.launch(kernel, q, (states.shape[1], B * G), threads, *arrays, T, H, G, scale, shared=_backward_bytes(D))
+    return dq, dk, dv, dlog_g, dfirst
 
 
 def _walkable(q, k) -> bool:
