@@ -179,7 +179,7 @@ def gla_parallel(f):
         if T == 23:
             yield sees_no_later_token(f, qkvg)
         args = (*qkvg, 0 * state)
-        title = say(f"{T} tokens", f"{T} 个词元")
+        title = say(f"{T} tokens" if T > 1 else "a single token", f"{T} 个词元")
         yield close(title, f(*qkvg), expected(*args)[0], limit, lambda args=args: parallel_mistakes(*args))
     *qkvg, state = strong(11, 130, 6)
     want = expected(*qkvg, 0 * state)[0]

@@ -69,7 +69,7 @@ def threshold(f):
     got = np.asarray(f(extreme, 3.0))
     ratio = got / want if got.shape == want.shape else got
     yield close(
-        title + say(", relative to the right one", "，与正确值之比"),
+        title + say(": Vth divided by the right one", "：Vth 除以正确值"),
         ratio,
         np.ones_like(want),
         FLOAT64,
@@ -143,6 +143,14 @@ def count_mistakes(x, vth):
         (
             np.trunc(ratio),
             say("Your counts are cut towards zero: where should 1.9 go?", "你的计数被截向零：1.9 应取成几？"),
+        ),
+        (
+            np.trunc(ratio + 0.5),
+            say("One half more and then cut towards zero: where does -0.6 go?", "加二分之一再截向零：-0.6 取成几？"),
+        ),
+        (
+            np.rint(x) / vth,
+            say("Do you round x, or x / Vth?", "取整的是 x，还是 x / Vth？"),
         ),
         (np.abs(np.rint(ratio)), say("Where is the sign?", "符号去哪了？")),
         (np.clip(np.rint(ratio), 0, None), say("What becomes of negative activations?", "负的激活值怎么办？")),
@@ -245,6 +253,16 @@ def ste_backward(f):
                 (
                     dy @ w * (count != 0),
                     say("Do silent channels get a gradient, too?", "没有发放的通道也应得到梯度吗？"),
+                ),
+                *(
+                    (
+                        dy @ w * kept,
+                        say(
+                            "Here straight-through passes every entry on: where do yours stop?",
+                            "这里的直通估计让每个元素都通过：你的在哪里被截断了？",
+                        ),
+                    )
+                    for kept in (np.abs(x) < vth, np.abs(x) <= 1)
                 ),
                 (
                     dy @ w * vth,

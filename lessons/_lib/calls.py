@@ -136,4 +136,23 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = ("lessons/_lib", "lessons\\_lib")
     lines = [f"line {f.lineno}, in {f.name}: {f.line}" for f in frames if not any(o in f.filename for o in ours)]
-    return "\n".join([f"{type(error).__name__}: {error}", *lines[:4]])
+    return "\n".join([f"{type(error).__name__}: {error}", *lines[:4], *_advice(error)])
+
+
+def _advice(error) -> list[str]:
+    """A word on what the message of an error does not say to a beginner."""
+    if "truth value of an array" in str(error):
+        return [
+            say(
+                "`if`, `max` and `and` want one number; for every entry at once: np.where, np.maximum, a mask.",
+                "`if`、`max`、`and` 只认一个数；要对每个元素同时判断，用 np.where、np.maximum 或掩码。",
+            )
+        ]
+    if isinstance(error, ValueError) and ("shape" in str(error) or "dimension" in str(error)):
+        return [
+            say(
+                "Print the shapes of both sides on that line and compare them with the docstring.",
+                "在那一行打印两边的形状，与文档字符串对照。",
+            )
+        ]
+    return []

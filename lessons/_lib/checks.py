@@ -83,7 +83,8 @@ class Report:
         if not self.written:
             return f"{self.name}: " + say("not written yet", "还没有写")
         state = say("passes", "通过") if self.passed else say("not right yet", "还不对")
-        limits = dict.fromkeys(str(r.limit) for r in self.results if r.limit and r.passed)
+        said = {r.limit for r in self.results if not r.passed}  # a failure names its limit itself
+        limits = dict.fromkeys(str(r.limit) for r in self.results if r.limit and r.limit not in said)
         return "\n".join([f"{self.name}: {state}", *map(str, self.results), *(f"      {text}" for text in limits)])
 
     __repr__ = __str__  # so that a notebook cell that ends in check.f(f) shows it
@@ -203,6 +204,10 @@ def _kind(title, got, expected) -> Result | None:
 def _shape_question(got: tuple, expected: tuple) -> str:
     if sorted(got) == sorted(expected):
         return _turned()
+    if got == expected[1:]:
+        return say("The first axis is missing: what runs along it?", "少了第一个轴：沿着它排列的是什么？")
+    if got == tuple(n for n in expected if n != 1):
+        return say("An axis of length 1 is gone: look at keepdims.", "长度为 1 的轴不见了：看看 keepdims。")
     if len(got) == len(expected) > 0 and got[1:] == expected[1:] and 0 < got[0] < expected[0]:
         return say(
             "Which rows are missing?  Is the last piece shorter than the others?",

@@ -20,7 +20,11 @@ def main(arguments=None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Chinese letters shows "?" and goes on
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return BAD_INPUT
+    args = parser.parse_args(arguments)
     try:
         return args.run(args)
     except LessonError as error:
