@@ -254,7 +254,8 @@ AVX2 static inline __m128i small_block(const int8_t *w, int64_t I, const int8_t 
 
 /* n <= 128 counts of any size with four rows. */
 AVX2 static __attribute__((noinline)) __m128i any_block(const int8_t *w, int64_t I, const int8_t *s, int64_t n) {
-    __m256i sum[FOUR] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    __m256i sum[FOUR];
+    for (int r = 0; r < FOUR; r++) sum[r] = _mm256_setzero_si256();
     int64_t i = 0;
     for (; i + 32 <= n; i += 32)
         _Pragma("GCC unroll 4") for (int r = 0; r < FOUR; r++)
