@@ -92,14 +92,14 @@ extern "C" __global__ void router_backward(
 // loss = E sum f_i P_i and dp_i = weight E f_i / N, with f_i = counts_i / sum and P_i = sums_i / N, sums (E,) those of p
 // over the tokens.  Grid: one block.
 extern "C" __global__ void balance_loss(
-    const wide* sums, const int* counts, wide* loss, wide* dp, int N, int E, wide weight)
+    const wide* sums, const int* counts, wide* loss, wide* dp, const double* weight, int N, int E)
 {
     wide all = 0, found = 0;
     for (int e = threadIdx.x; e < E; e += blockDim.x) all += counts[e];
     all = block_sum(all);
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
         const wide f = counts[e] / all;
-        dp[e] = weight * E * f / N;
+        dp[e] = (wide)*weight * E * f / N;
         found += f * (sums[e] / N);
     }
     found = block_sum(found);
@@ -107,12 +107,12 @@ extern "C" __global__ void balance_loss(
 }
 
 // loss = mean(lse^2), dlse = 2 weight / N lse.  Grid: one block, as the numbers are one a token.
-extern "C" __global__ void z_loss(const wide* lse, wide* loss, wide* dlse, int N, wide weight)
+extern "C" __global__ void z_loss(const wide* lse, wide* loss, wide* dlse, const double* weight, int N)
 {
     wide sum = 0;
     for (int n = threadIdx.x; n < N; n += blockDim.x) {
         sum += lse[n] * lse[n];
-        dlse[n] = 2 * weight / N * lse[n];
+        dlse[n] = 2 * (wide)*weight / N * lse[n];
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) loss[0] = sum / N;

@@ -142,13 +142,9 @@ def load_weights(folder, store, name: str = WEIGHTS) -> int:
 def load_model(folder, device: str = "auto", native: str = "all", threads: int | None = None) -> SpikingBrain:
     """The model of a run, ready for forward, prefill and step, with its `tokenizer` beside it."""
     settings = load_config(folder)
-    if "quantized" in settings:
-        if device not in ("auto", "cpu"):
-            raise MinisbError(f"{folder} is quantised, and int8 weights are read on a CPU only: use --device cpu.")
-        device = "cpu"
     be = choose(device, native, threads)[0]
     if "quantized" in settings:
-        model = SpikingBrain(settings["model"], be, _load_quantized(folder, settings))
+        model = SpikingBrain(settings["model"], be, _load_quantized(folder, settings, be.xp))
     else:
         model = SpikingBrain(settings["model"], be)
         load_weights(folder, model.store)
@@ -156,7 +152,7 @@ def load_model(folder, device: str = "auto", native: str = "all", threads: int |
     return model
 
 
-def _load_quantized(folder, settings: dict) -> QuantizedStore:
+def _load_quantized(folder, settings: dict, xp) -> QuantizedStore:
     """The int8 weights of a run.  MinisbError if they are damaged, or of a later version."""
     found, path = settings["quantized"], Path(folder) / CONFIG
     version = found.get("format") if isinstance(found, dict) else None
@@ -170,7 +166,7 @@ def _load_quantized(folder, settings: dict) -> QuantizedStore:
     size, left = GROUP if group == GROUP else None, float_routers(settings["model"])
     tensors = empty_tensors(everything, size, bool(found.get("embedding")), left)
     _load_tensors(Path(folder) / WEIGHTS, tensors, np, exact=True)
-    return store_of(tensors, k)
+    return store_of(tensors, k, xp)
 
 
 def _save_tensors(path: Path, tensors: dict, step: int):

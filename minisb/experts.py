@@ -12,6 +12,7 @@ import math
 
 from minisb.config import Config
 from minisb.layers import Context, SwiGLU, projections
+from minisb.ops.linear import add
 from minisb.ops.moe import (
     balance_loss,
     combine_backward,
@@ -109,8 +110,8 @@ class MixtureOfExperts:
         dout, dgates = combine_backward(be, dy.reshape(-1, dy.shape[-1]), s_combine)
         dlogits = router_backward(be, dgates, *dlosses, s_gates)
         dx = self.router.backward(be, dlogits.reshape(*dy.shape[:-1], -1), s_router)
-        dx += self.experts.backward(be, dout, s_experts).reshape(dx.shape)
-        return dx + self.shared.backward(be, dy, s_shared) if self.shared else dx
+        dx = add(be, dx, self.experts.backward(be, dout, s_experts).reshape(dx.shape))
+        return add(be, dx, self.shared.backward(be, dy, s_shared)) if self.shared else dx
 
     def _capacity(self, ctx: Context, tokens: int) -> int | None:
         """The slots that an expert takes, in training; elsewhere nothing is ever dropped."""
@@ -124,7 +125,9 @@ class MixtureOfExperts:
         if ctx.aux is None and not ctx.tap:  # the pass that reads the sinks has neither
             return xp.zeros(c.experts, p.dtype), xp.zeros_like(lse)
         counts = load(be, experts, c.experts)
-        (balance, dp), (z, dlse) = balance_loss(be, p, counts), z_loss(be, lse)
+        scale = 0.0 if ctx.aux is None else ctx.aux
+        balance, dp = balance_loss(be, p, counts, scale * c.balance_weight)
+        z, dlse = z_loss(be, lse, scale * c.z_weight)
         if ctx.tap:
             entropy = -(p * xp.log(xp.maximum(p, 1e-30))).sum(-1).mean()
             for name, value in (
@@ -132,8 +135,7 @@ class MixtureOfExperts:
                 ("balance_loss", balance), ("z_loss", z),
             ):  # fmt: skip
                 ctx.tap(f"layers.{self.layer}.moe.{name}", value)
-        scale = ctx.aux or 0.0
-        return scale * c.balance_weight * dp, scale * c.z_weight * dlse
+        return dp, dlse
 
 
 class Experts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from minisb.config import Config
 from minisb.layers import Context, GatedLinearAttention, Mixer, SoftmaxAttention, input_specs
+from minisb.ops.linear import add
 from minisb.params import ParamStore, Spec
 from minisb.state import PairState
 
@@ -34,14 +35,14 @@ class ParallelHybrid:
         (state1, state2), (sinks1, sinks2) = state or (None, None), sinks or (None, None)
         y1, memory1, saved1 = self.linear.forward(ctx, x, state1, sinks1)
         y2, memory2, saved2 = self.softmax.forward(ctx, x, state2, sinks2)
-        return y1 + y2, (memory1, memory2), (saved1, saved2)
+        return add(ctx.be, y1, y2), (memory1, memory2), (saved1, saved2)
 
     def backward(self, be, dy, saved, dmemory=None):
         """dy (B,T,C) -> dx (B,T,C), dsinks."""
         dmemory1, dmemory2 = dmemory or (None, None)
         dx1, dsinks1 = self.linear.backward(be, dy, saved[0], dmemory1)
         dx2, dsinks2 = self.softmax.backward(be, dy, saved[1], dmemory2)
-        return dx1 + dx2, (dsinks1, dsinks2)
+        return add(be, dx1, dx2), (dsinks1, dsinks2)
 
 
 class SharedHybrid(Mixer):
@@ -66,11 +67,11 @@ class SharedHybrid(Mixer):
         (state1, state2), (sinks1, sinks2) = state or (None, None), sinks or (None, None)
         o1, memory1, saved1 = self.linear.mix(ctx, rows, state1, sinks1)
         o2, memory2, saved2 = self.softmax.mix(ctx, rows, state2, sinks2)
-        return o1 + o2, (memory1, memory2), (saved1, saved2)
+        return add(ctx.be, o1, o2), (memory1, memory2), (saved1, saved2)
 
     def mix_backward(self, be, do, saved, dmemory=None):
         """See Mixer."""
         dmemory1, dmemory2 = dmemory or (None, None)
         drows1, dsinks1 = self.linear.mix_backward(be, do, saved[0], dmemory1)
         drows2, dsinks2 = self.softmax.mix_backward(be, do, saved[1], dmemory2)
-        return drows1 + drows2, (dsinks1, dsinks2)
+        return add(be, drows1, drows2), (dsinks1, dsinks2)

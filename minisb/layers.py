@@ -26,7 +26,7 @@ from minisb.ops.heads import (
     sigmoid_heads_backward,
     sigmoid_heads_forward,
 )
-from minisb.ops.linear import linear_backward, linear_forward
+from minisb.ops.linear import add, linear_backward, linear_forward
 from minisb.ops.norm import rmsnorm_backward, rmsnorm_forward
 from minisb.ops.rope import rope_backward, rope_forward
 from minisb.ops.sinks import sinks_backward, sinks_forward, sinks_state_backward
@@ -334,7 +334,7 @@ class SoftmaxAttention(Mixer):
         if s_sinks is not None:
             dq, *dsinks = sinks_backward(be, do, *s_sinks, dq=dq)
         if reading_sinks:  # their keys and values are read by themselves and by the text
-            dk, dv = ((own + text)[None] for own, text in zip(dsinks, dmemory, strict=True))
+            dk, dv = (add(be, own, text)[None] for own, text in zip(dsinks, dmemory, strict=True))
             dsinks = None
         drows = be.xp.empty(shape, do.dtype)
         rope_backward(be, dq, dk, dv, cos, sin, drows)

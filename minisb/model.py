@@ -221,12 +221,12 @@ class SpikingBrain:
         dz = self.be.xp.zeros_like(self.sinks[None])  # nobody reads the sinks' own outputs
         for block, dmemory in zip(reversed(self.blocks), dmemories, strict=True):
             dz, _ = block.backward(self.be, dz, saved.pop(), dmemory)
-        self.dsinks += dz[0]
+        embedding_backward(self.be, dz, self.be.xp.arange(self.config.sinks)[None], self.dsinks)  # a table of S rows
 
     def _embed(self, tokens):
         """tokens (B,T) -> (B,T,C)."""
         if isinstance(self.embedding, Int8Matrix):
-            return self.embedding.rows(tokens)
+            return self.embedding.rows(self.be, tokens)
         return embedding_forward(self.be, tokens, self.embedding)
 
     def _head_product(self, h):

@@ -86,7 +86,7 @@ def main(args) -> int:
     checkpoint.save_config(
         out, model.config, settings["training"], model.tokenizer, settings.get("data"), quantized=section
     )
-    small = checkpoint.load_model(out, threads=args.threads)  # what was written, not what was meant
+    small = checkpoint.load_model(out, "cpu", threads=args.threads)  # what was written, not what was meant
     found = report(model, small, data.val) | notes | {"out": str(out)}
     print(text(found))
     print(json.dumps(found))

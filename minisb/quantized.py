@@ -24,7 +24,7 @@ import numpy as np
 
 from minisb.config import Config, spikes_by_layer
 from minisb.errors import MinisbError
-from minisb.ops.w8aspike import GROUP, dequantize_weight, group_of, row_counts, w8aspike_grouped, w8aspike_linear
+from minisb.ops.w8aspike import GROUP, count_spikes, embedding_int8, w8aspike_grouped, w8aspike_linear
 
 #: The head's input is spike-coded too, with a finer threshold: every token is chosen by small
 #: differences between logits.  mean|x| / 24 leaves almost all counts inside int8.
@@ -61,10 +61,9 @@ class Int8Matrix:
         """x (R,I), expert e's rows from offsets[e] on -> y (R,O)."""
         return w8aspike_grouped(be, x, self.w8, self.scales, self.k, offsets)
 
-    def rows(self, tokens):
-        """Row `token` for each of tokens (B,T) -> fp32 (B,T,I)."""
-        scales = self.scales[tokens]
-        return dequantize_weight(self.w8[tokens], scales, group_of(self.w8.shape[1], scales.shape[-1]))
+    def rows(self, be, tokens):
+        """Row `token` for each of tokens (B,T) -> fp32 (B,T,I), of a matrix with one scale a row."""
+        return embedding_int8(be, tokens, self.w8, self.scales)
 
 
 class QuantizedStore:
@@ -73,8 +72,8 @@ class QuantizedStore:
     k: for each input of projections ("layers.0.attn.q+k+v+gk") the k of its spikes.
     """
 
-    def __init__(self, p: dict, int8: dict[str, Int8Matrix], k: dict[str, float]):
-        self.xp, self.p, self.int8, self.k = np, p, int8, k
+    def __init__(self, p: dict, int8: dict[str, Int8Matrix], k: dict[str, float], xp=np):
+        self.xp, self.p, self.int8, self.k = xp, p, int8, k
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +83,7 @@ class QuantizedStore:
         """(array or Int8Matrix, None for its gradient), several stacked along their first axis."""
         if names[0] in self.int8:
             return self.matrix(names, HEAD_K), None
-        return self.p[names[0]] if len(names) == 1 else np.concatenate([self.p[n] for n in names]), None
+        return self.p[names[0]] if len(names) == 1 else self.xp.concatenate([self.p[n] for n in names]), None
 
     def matrix(self, names: list[str], k: float) -> Int8Matrix:
         """Joined rows of several matrices; those become views of the result, so nothing is held twice.
@@ -92,11 +91,11 @@ class QuantizedStore:
         Scales are kept column after column, as a product reads them.
         """
         parts = [self.int8[name] for name in names]
-        if len(parts) == 1 and parts[0].w8.ctypes.data % LINE == 0:  # such as a tied head, which comes twice
+        if len(parts) == 1 and self._ready(parts[0]):  # such as a tied head, which comes twice
             parts[0].k = k
             return parts[0]
-        scales = np.asfortranarray(np.concatenate([m.scales for m in parts]))
-        joined = Int8Matrix(aligned([m.w8 for m in parts]), scales, k)
+        scales = self.xp.asfortranarray(self.xp.concatenate([m.scales for m in parts]))
+        joined = Int8Matrix(aligned([m.w8 for m in parts], self.xp), scales, k)
         start = 0
         for name, part in zip(names, parts, strict=True):
             end = start + len(part.w8)
@@ -104,12 +103,17 @@ class QuantizedStore:
             start = end
         return joined
 
+    def _ready(self, matrix: Int8Matrix) -> bool:
+        """Whether a product can read it as it is.  (A GPU's arrays start on a line anyway.)"""
+        return matrix.scales.flags.f_contiguous and (self.xp is not np or matrix.w8.ctypes.data % LINE == 0)
+
     def stacked(self, names: list[str], k: float) -> Int8Matrix:
         """As `matrix`, of experts: (E,O,I) joined along O, so that one product of an expert gives all."""
         parts = [self.int8[name] for name in names]
-        scales = np.concatenate([m.scales for m in parts], axis=1)
-        scales = np.ascontiguousarray(scales.swapaxes(1, 2)).swapaxes(1, 2)
-        joined, start = Int8Matrix(np.concatenate([m.w8 for m in parts], axis=1), scales, k), 0
+        xp = self.xp
+        scales = xp.concatenate([m.scales for m in parts], axis=1)
+        scales = xp.ascontiguousarray(scales.swapaxes(1, 2)).swapaxes(1, 2)
+        joined, start = Int8Matrix(xp.concatenate([m.w8 for m in parts], axis=1), scales, k), 0
         for name, part in zip(names, parts, strict=True):
             rows = slice(start, start + part.w8.shape[1])
             self.int8[name] = Int8Matrix(joined.w8[:, rows], joined.scales[:, rows], k)
@@ -133,8 +137,10 @@ class QuantizedProjections:
         self.b = None
         if biases or "gk" in weights:
             first = [store.p[f"{prefix}.{name}"] for name in biases]
-            self.b = np.zeros(start, np.float32)
-            self.b[: sum(b.size for b in first)] = np.concatenate([*first, np.empty(0, np.float32)])
+            self.b, end = store.xp.zeros(start, np.float32), 0
+            for b in first:
+                self.b[end : end + b.size] = b
+                end += b.size
             if "gk" in weights:  # linear attention's own, also where it shares its projections
                 own = prefix if f"{prefix}.{GATE_BIAS}" in store.p else f"{prefix}.linear"
                 self.b[self.rows["gk"]] = store.p[f"{own}.{GATE_BIAS}"]
@@ -151,7 +157,7 @@ class QuantizedProjections:
 
 def tap_counts(ctx, prefix: str, names, x, k: float):
     """Show the counts of x (...,I), which the projections `names` read."""
-    count = row_counts(x.reshape(-1, x.shape[-1]), k)[0].astype(np.float32).reshape(x.shape)
+    count = count_spikes(ctx.be, x.reshape(-1, x.shape[-1]), k)[0].astype(np.float32).reshape(x.shape)
     for name in names:
         ctx.tap(f"{prefix}.{name}.count", count)
 
@@ -197,8 +203,10 @@ def float_routers(c: Config) -> set[str]:
     return {f"layers.{i}.mlp.{ROUTER}" for i in moe if "router" not in spikes[i]}
 
 
-def aligned(parts: list) -> np.ndarray:
+def aligned(parts: list, xp=np):
     """The parts below each other, in memory that starts on a cache line: no vector lies across two."""
+    if xp is not np:  # the allocator of a GPU sees to that
+        return xp.concatenate(parts)
     shape, dtype = (sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype
     size = int(np.prod(shape)) * dtype.itemsize
     room = np.empty(size + LINE, np.uint8)
@@ -245,13 +253,16 @@ def empty_tensors(specs, group: int | None, embedding: bool, left=()) -> dict[st
     return tensors
 
 
-def store_of(tensors: dict, k: dict[str, float]) -> QuantizedStore:
-    """Tensors named as in the file -> a store.  Raises MinisbError for values that no quantisation makes."""
+def store_of(tensors: dict, k: dict[str, float], xp=np) -> QuantizedStore:
+    """Tensors named as in the file -> a store of arrays of `xp`.
+
+    Raises MinisbError for values that no quantisation makes.
+    """
     int8 = {}
     for name in (n.removesuffix(INT8) for n in tensors if n.endswith(INT8)):
         w8, scales = tensors[name + INT8], tensors[name + SCALES]
         if w8.min() < -127 or not (np.isfinite(scales).all() and (scales > 0).all()):
             raise MinisbError(f"the int8 matrix {name} is damaged: a weight is -128 or a scale is not above 0.")
-        int8[name] = Int8Matrix(w8, scales)
-    floats = {n: x for n, x in tensors.items() if not n.endswith((INT8, SCALES))}
-    return QuantizedStore(floats, int8, k)
+        int8[name] = Int8Matrix(xp.asarray(w8), xp.asarray(scales))
+    floats = {n: xp.asarray(x) for n, x in tensors.items() if not n.endswith((INT8, SCALES))}
+    return QuantizedStore(floats, int8, k, xp)

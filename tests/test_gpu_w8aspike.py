@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import test_quantize
+import test_quantize_76b
 from conftest import backends
 from emulator import here, there
 from test_w8aspike import SIZES, assert_same_bits, heads, heavy, normal
 
+from minisb import quantize
 from minisb.gradcheck import relative_rms
+from minisb.model import SpikingBrain
 from minisb.ops import w8aspike as ops
+from minisb.quantized import store_of
 
 NUMPY = backends()["numpy"]
 
@@ -99,3 +104,35 @@ def test_a_decoding_step(cuda, count, D):
     arguments = coded[0][:, :1].copy(), coded[1][:, :1].copy(), *coded[2:]
     got = ops.attention_step_int8(cuda, *there(cuda, list(arguments)), count)
     assert relative_rms(here(got), ops.attention_step_int8(NUMPY, *arguments, count)) < 1e-6
+
+
+# --- a quantised model --------------------------------------------------------------------------
+
+LAYOUTS = {
+    "7b": test_quantize.C,
+    "76b": test_quantize_76b.C,
+    "shared, low-rank gate": test_quantize_76b.LAYOUTS["shared, low-rank gate"],
+}
+
+
+@pytest.mark.parametrize(
+    "layout, embedding", [("7b", True), ("7b", False), ("76b", False), ("shared, low-rank gate", True)]
+)
+def test_a_quantised_model(cuda, layout, embedding):
+    """As the CPU's but for sums of floats, which at a tie become a spike; and its steps follow its full pass."""
+    config = LAYOUTS[layout]
+    model = test_quantize.float_model(config)
+    tensors, section, _ = quantize.quantize(model, test_quantize.texts_of(config), 128, embedding)
+    want = SpikingBrain(config, NUMPY, store_of(dict(tensors), section["k"]))
+    got = SpikingBrain(config, cuda, store_of(dict(tensors), section["k"], cuda.xp))
+    tokens = np.random.default_rng(2).integers(0, config.vocab, (2, 14))
+    on_device, counts = there(cuda, tokens), {}
+    full = here(got.forward(on_device, tap=lambda name, x: counts.setdefault(name, x)))
+    assert relative_rms(full, want.forward(tokens)) < 0.05
+    loss = float(want.loss(tokens[:, :-1], tokens[:, 1:]))
+    assert float(got.loss(on_device[:, :-1], on_device[:, 1:])) == pytest.approx(loss, rel=2e-3)
+    assert any(name.endswith("down.count") and here(x).any() for name, x in counts.items())
+    state = got.new_state(2)
+    got.prefill(on_device[:, :9], state)
+    for t in range(9, 14):
+        assert relative_rms(here(got.step(on_device[:, t], state)), full[:, t]) < 0.1, t

@@ -50,15 +50,20 @@ def balance_loss(be, p, counts, weight=1.0):
     (N, E), sums = p.shape, be.xp.zeros(p.shape[1], p.dtype)
     sliced_sum(be, "column_sums", p, lambda partial: (p, partial, N, E, E), N, E, sums)
     loss, dp = be.xp.empty((), p.dtype), be.xp.empty_like(sums)
-    be.launch("balance_loss", p, 1, THREADS, sums, int32(be, counts), loss, dp, N, E, weight)
+    be.launch("balance_loss", p, 1, THREADS, sums, int32(be, counts), loss, dp, _number(be, weight), N, E)
     return loss, dp
 
 
 def z_loss(be, lse, weight=1.0):
     (lse,) = contiguous(be, lse)
     loss, dlse = be.xp.empty((), lse.dtype), be.xp.empty_like(lse)
-    be.launch("z_loss", lse, 1, 4 * THREADS, lse, loss, dlse, lse.size, weight)
+    be.launch("z_loss", lse, 1, 4 * THREADS, lse, loss, dlse, _number(be, weight), lse.size)
     return loss, dlse
+
+
+def _number(be, x):
+    """A Python number or an array of no axes, as the latter, in float64."""
+    return be.xp.full((), x, "float64") if isinstance(x, (int, float)) else x.astype("float64", copy=False)
 
 
 # --- rows to experts and back

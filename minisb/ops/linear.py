@@ -1,4 +1,4 @@
-"""y = x W^T + b."""
+"""y = x W^T + b, and the sum of two of them."""
 
 from minisb.backend import op
 
@@ -32,6 +32,12 @@ def linear_backward(be, dy, x, w, dw, db=None, dx=None):
     if db is not None:
         db += _rows(dy)[:, : db.size].sum(0)
     return dx
+
+
+@op
+def add(be, x, y):
+    """x, y (...) -> x + y: what two projections give, or the gradients that reach what both have read."""
+    return x + y
 
 
 def _rows(x):

@@ -56,18 +56,21 @@ def router_backward(be, dgates, dp, dlse, saved):
 def balance_loss(be, p, counts, weight=1.0):
     """E sum f_i P_i -> loss (a scalar), weight * its gradient dp (E,), the same for each token.
 
+    weight: a number, or an array of no axes where nobody should wait for it.
+
     counts (E,): slots that chose each expert; f_i = counts_i / sum, the share of expert i; P_i, the mean of p_i.
     1 where all are equal, up to E where one expert takes all.  f has no gradient: it pushes down the
     probabilities of experts that are chosen too often, d loss / d p_ni = E f_i / N.
     """
     f = (counts / counts.sum()).astype(p.dtype)
-    return p.shape[1] * (f * p.mean(0)).sum(), weight * p.shape[1] / len(p) * f
+    dp = weight * p.shape[1] / len(p) * f
+    return p.shape[1] * (f * p.mean(0)).sum(), dp.astype(p.dtype, copy=False)
 
 
 @op
 def z_loss(be, lse, weight=1.0):
     """mean(lse^2) -> loss (a scalar), weight * its gradient dlse (N,).  Keeps logits from growing without bound."""
-    return (lse * lse).mean(), weight * 2 / lse.size * lse
+    return (lse * lse).mean(), (weight * 2 / lse.size * lse).astype(lse.dtype, copy=False)
 
 
 # --- which row goes where -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Twins of the 76B's feature map: sigmoid on q and k, and the gate tied to the key."""
+"""Twins of what the parallel hybrid has: sigmoid on q and k, the gate tied to the key, the sum of two branches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,15 @@ def tied_gate_backward(be, dk, dlog_g, saved):
     return dz
 
 
+def add(be, x, y):
+    x, y = contiguous(be, x, y)
+    total = be.xp.empty_like(x)
+    each(be, "add_arrays", x, x.size, x, y, total, x.size)
+    return total
+
+
 TWINS = {
     "heads": (sigmoid_heads_forward, sigmoid_heads_backward),
+    "linear": (add,),
     "gate": (tied_gate_forward, tied_gate_backward),
 }
