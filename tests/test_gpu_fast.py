@@ -1,11 +1,14 @@
 """The tensor-core kernels against float64, from inputs rounded as they are: on a GPU, and in emulation."""
 
 import contextlib
+import subprocess
 
+import emulator
 import numpy as np
 import pytest
 from emulator import here, there
 
+from minisb import kernels
 from minisb.backend import Backend
 from minisb.launchers import linear_attention
 from minisb.ops.gla import gla_backward, gla_forward, gla_recurrent_backward, gla_recurrent_forward
@@ -204,3 +207,21 @@ def test_backward_takes_what_the_fast_forward_saved(cuda):
     exact = gla_backward(be, do.astype(np.float64), None, gla_forward(be, *wide)[2])
     for got, want in zip(found, exact, strict=True):
         assert relative(got, want) < 1e-2
+
+
+@pytest.mark.parametrize("stem", ["gla_fast", "gla_states_fast", "gla_backward_fast", "gla_outputs_fast"])
+def test_the_launcher_asks_for_the_shared_memory_that_a_kernel_lays_out(stem):
+    """Too little would be written over silently."""
+    if emulator.COMPILER is None:
+        pytest.skip(emulator.NO_COMPILER)
+    size = {
+        "gla_fast": linear_attention._fast_bytes,
+        "gla_states_fast": linear_attention._added_bytes,
+        "gla_backward_fast": linear_attention._backward_bytes,
+        "gla_outputs_fast": linear_attention._outputs_bytes,
+    }[stem]
+    text = f'#include "{emulator.HEADER}"\n{kernels.assembled(stem)}\n'
+    text += "".join(f"static_assert(sizeof(Shared<{D}>) == {size(D)});\n" for D in (64, 128))
+    command = [emulator.COMPILER, *emulator.FLAGS, "-DREAL_bfloat16", "-fsyntax-only", "-"]
+    done = subprocess.run(command, input=text, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[:500]
