@@ -78,7 +78,7 @@ class Report:
         if self.waits_for:
             return f"{self.name}: " + say(
                 f"waits for {self.waits_for}, which it calls and which does not pass yet",
-                f"在等 {self.waits_for}：它调用了 {self.waits_for}，而后者还没有通过",
+                f"先等 {self.waits_for}：这个函数调用了它，而它还没有通过",
             )
         if not self.written:
             return f"{self.name}: " + say("not written yet", "还没有写")
