@@ -171,4 +171,4 @@ def mean_loss(model: SpikingBrain, tokens, spike, tap=None) -> float:
         x, y = model.be.xp.asarray(x), model.be.xp.asarray(y)
         total += y.size * model.loss(x, y, spike, tap)
         read += y.size
-    return total / read
+    return float(total / read)

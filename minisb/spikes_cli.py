@@ -33,13 +33,14 @@ def add_arguments(parser):
     add("--k", type=_numbers, default=DEFAULT_K, metavar="K,K,...",
         help="thresholds mean|x| / K to measure, besides the run's own (default: 2,2.5,3,3.5,4)")  # fmt: skip
     add("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="validation tokens to read (default: 16384)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     add("--threads", type=int, metavar="N", help="cores to use (default: all)")
     add("--pictures", metavar="DIR", help="also draw PNG pictures into DIR (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON object instead")
 
 
 def main(args) -> int:
-    model, sample = load(args.run, args.tokens, args.threads)
+    model, sample = load(args.run, args.tokens, args.threads, args.device)
     found, tallies = measure_run(args.run, model, sample, args.k)
     if args.pictures:
         from minisb.plots import draw_spikes  # here: matplotlib is an extra
@@ -49,7 +50,7 @@ def main(args) -> int:
     return 0
 
 
-def load(run, tokens: int = DEFAULT_TOKENS, threads: int | None = None):
+def load(run, tokens: int = DEFAULT_TOKENS, threads: int | None = None, device: str = "auto"):
     """-> the model of a run, and about `tokens` of its validation text.  MinisbError if it has no spikes."""
     settings = checkpoint.load_config(run)
     if "quantized" in settings:
@@ -58,7 +59,7 @@ def load(run, tokens: int = DEFAULT_TOKENS, threads: int | None = None):
         raise MinisbError(f"the run in {run} has no spikes (it was made with --spike none): nothing to measure.")
     if tokens < 1:
         raise MinisbError(f"--tokens must be at least 1, got {tokens}.")
-    model = checkpoint.load_model(run, threads=threads)
+    model = checkpoint.load_model(run, device, threads=threads)
     data = load_tokens(settings["training"]["data"], model.tokenizer)
     return model, whole_windows(data.val, model.config, tokens)
 

@@ -1,16 +1,20 @@
 """The 76B's kernels against the reference, and the whole layout on the CUDA backend: on a GPU and in emulation."""
 
+import importlib
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_run
 from conftest import backends
 from emulator import here, there
 from moe_cases import CASES
 from test_gpu_model import model_of
 from test_gpu_ops import assert_close, doubled, make, run
 
-from minisb import backend, gradcheck
+from minisb import backend, cli, gradcheck
+from minisb.__main__ import main as minisb_main
 from minisb.backend import CudaBackend
 from minisb.config import preset
 from minisb.experts import Loads
@@ -265,3 +269,27 @@ def test_the_log_of_a_step_reads_the_loads(cuda):
     record = loads.record()
     assert record["dropped"] == 0 and 0 < record["router_entropy"] < 1.4
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in record["expert_load"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_the_scripts_on_a_gpu(tmp_path, capsys, monkeypatch, graph):
+    """Training, sampling, the meter; then quantised, and sampling again."""
+    scripts(tmp_path, capsys, monkeypatch, "cuda", "--graph", graph)
+
+
+def scripts(tmp_path, capsys, monkeypatch, device, *flags):
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    text, run = tiny_run.write_text(tmp_path / "text"), str(tmp_path / "run")
+    train, sample = importlib.import_module("train_small"), importlib.import_module("sample")
+    where = ["--device", device]
+    arguments = ["--preset", "76b-tiny", "--data", str(text), "--steps", "12", "--out", run, *where, *flags]
+    assert cli.run(train.main, arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["device"] == device and 0 < result["val_loss"] < 7 and 0 < result["sparsity"] < 1
+    assert cli.run(sample.main, [run, "--tokens", "5", "--spike", *where]) == 0
+    capsys.readouterr()
+    assert minisb_main(["spikes", run, "--tokens", "200", "--k", "3", "--json", *where]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["by_k"][0]["loss"] < 7
+    assert minisb_main(["quantize", run, "--out", f"{run}-int8", "--texts", "4"]) == 0
+    assert cli.run(sample.main, [f"{run}-int8", "--tokens", "5", "--quantized", *where]) == 0
