@@ -47,51 +47,6 @@ __device__ inline void fetch(Stage<D>& to, const real* x, const real* y, int str
     }
 }
 
-// Sixteen rows of D channels as first operands, straight from memory; zeros from row `inside` on.
-template <int D>
-__device__ inline void left_from_memory(u32 (&a)[D / 16][4], const real* rows, int stride, int inside)
-{
-#pragma unroll
-    for (int d = 0; d < D / 16; d++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int r = lane() / 4 + i % 2 * 8, c = 16 * d + lane() % 4 * 2 + i / 2 * 8;
-            a[d][i] = r < inside ? *(const u32*)(rows + r * stride + c) : 0;
-        }
-}
-
-struct alignas(8) Words {
-    u32 low, high;
-};
-
-// Sixteen rows of D sums go to memory; rows l / 4 times factor[0], rows l / 4 + 8 times factor[1].  Neighbouring lanes
-// exchange words, so that each writes 8 bytes and a row's lanes 32.
-template <int D>
-__device__ inline void store(real* rows, int stride, int inside, const float (&sum)[D / 8][4], float2 factor)
-{
-    const int odd = lane() % 2;
-#pragma unroll
-    for (int e = 0; e < D / 8; e += 2)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float f = half ? factor.y : factor.x;
-            const u32 a = pack(f * sum[e][2 * half], f * sum[e][2 * half + 1]);
-            const u32 b = pack(f * sum[e + 1][2 * half], f * sum[e + 1][2 * half + 1]);
-            const u32 got = __shfl_xor_sync(FULL_WARP, odd ? a : b, 1);
-            const int r = lane() / 4 + 8 * half, c = 8 * (e + odd) + lane() % 4 / 2 * 4;
-            if (r < inside) *(Words*)(rows + r * stride + c) = odd ? Words{got, b} : Words{a, got};
-        }
-}
-
-// A 16 x 16 tile of results, rounded, as a first operand.
-__device__ inline void as_left(u32 (&a)[4], const float (&low)[4], const float (&high)[4])
-{
-    a[0] = pack(low[0], low[1]);
-    a[1] = pack(low[2], low[3]);
-    a[2] = pack(high[0], high[1]);
-    a[3] = pack(high[2], high[3]);
-}
-
 // Of the pairs of `keys` keys from `key` and `queries` queries from `position`: is none visible, are all?
 __device__ inline bool none_visible(int key, int keys, int position, int queries, int window)
 {

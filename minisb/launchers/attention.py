@@ -119,33 +119,41 @@ def _rows(D: int, count: int) -> int:
 
 
 def _forward_fast(be, q, k, v, o, lse, window, scale):
-    (B, T, H, D), G = q.shape, k.shape[2]
-    tiling = TILINGS["forward", D]
+    T, S, H, G, D, window = _sizes(q, k, window)
+    tiling, shared = TILINGS["forward", D], _stages(D)
     heads, tiles = tiling.queries(H // G)
-    held = _stages(D)
     if D == 128:  # the queries lie in shared memory too; where that is small, fewer at once
         while _stages(D) + _rows(D, heads * tiles * tiling.rows) > be.device.shared_bytes:
             heads, tiles = (1, tiles) if heads > 1 else (1, tiles // 2)
-        held += _rows(D, heads * tiles * tiling.rows)
-    grid = -(-T // (tiles * tiling.rows)), B * H // heads
-    T, S, H, G, _, window = _sizes(q, k, window)
+        shared += _rows(D, heads * tiles * tiling.rows)
+    grid = -(-T // (tiles * tiling.rows)), q.shape[0] * H // heads
     sizes = T, S, H, G, window, scale * math.log2(math.e), tiles
-    be.launch(FORWARD[D], q, grid, 32 * heads * tiles, q, k, v, o, lse, *sizes, shared=held)
+    be.launch(FORWARD[D], q, grid, 32 * heads * tiles, q, k, v, o, lse, *sizes, shared=shared)
 
 
 def _backward_fast(be, do, q, k, v, o, lse, dq, dk, dv, window, scale):
-    """First dq, which leaves what the other kernel wants of each query, heads first and padded to whole stages."""
-    B, D = q.shape[0], q.shape[3]
-    T, S, H, G, _, window = _sizes(q, k, window)
-    lse2, delta = (be.xp.empty((B, H, -(-T // STAGE) * STAGE), "float32") for _ in range(2))
-    sizes, shared = (T, S, H, G, window, scale), _stages(D)
+    lse2, delta = _backward_q_fast(be, do, q, k, v, o, lse, dq, window, scale)
+    _backward_kv_fast(be, do, q, k, v, lse2, delta, dk, dv, window, scale)
+
+
+def _backward_q_fast(be, do, q, k, v, o, lse, dq, window, scale):
+    """Writes dq -> what the other kernel wants of each query: lse2, delta (B,H,P), P is T rounded up to a STAGE."""
+    T, S, H, G, D, window = _sizes(q, k, window)
+    lse2, delta = (be.xp.empty((q.shape[0], H, -(-T // STAGE) * STAGE), "float32") for _ in range(2))
     tiling = TILINGS["backward_q", D]
     heads, tiles = tiling.queries(H // G)
-    grid, threads = (-(-T // (tiles * tiling.rows)), B * H // heads), 32 * heads * tiles
-    be.launch(BACKWARD_Q[D], q, grid, threads, do, q, k, v, o, lse, dq, lse2, delta, *sizes, tiles, shared=shared)
+    grid, sizes = (-(-T // (tiles * tiling.rows)), q.shape[0] * H // heads), (T, S, H, G, window, scale, tiles)
+    arrays = do, q, k, v, o, lse, dq, lse2, delta
+    be.launch(BACKWARD_Q[D], q, grid, 32 * heads * tiles, *arrays, *sizes, shared=_stages(D))
+    return lse2, delta
+
+
+def _backward_kv_fast(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
+    T, S, H, G, D, window = _sizes(q, k, window)
     tiling = TILINGS["backward_kv", D]
-    grid, threads = (-(-S // (tiling.warps * tiling.rows)), B * G), 32 * tiling.warps
-    be.launch(BACKWARD_KV[D], q, grid, threads, do, q, k, v, lse2, delta, dk, dv, *sizes, shared=shared)
+    grid, sizes = (-(-S // (tiling.warps * tiling.rows)), q.shape[0] * G), (T, S, H, G, window, scale)
+    arrays = do, q, k, v, lse2, delta, dk, dv
+    be.launch(BACKWARD_KV[D], q, grid, 32 * tiling.warps, *arrays, *sizes, shared=_stages(D))
 
 
 TWINS = {"attention": (attention_forward, attention_backward, attention_step)}

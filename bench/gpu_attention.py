@@ -1,0 +1,258 @@
+"""Softmax attention on tensor cores on one GPU in bfloat16, forward and backward, and variants of each kernel.
+
+    python bench/gpu_attention.py --shape train long [--variants] [--peer]
+
+train: B 32, T 1024, H 12, G 4, D 64, window 256.  long: B 1, T 32768, H 28, G 4, D 128, window 4096 (the 7B).
+Median of 20 between CUDA events.  TFLOP/s count what the visible pairs need: 4 D a pair forward, 10 D backward (the
+kernels do 14 D); the share is of a bfloat16 product of 8192 x 8192 x 8192 on this GPU.  A variant is another
+instantiation of a kernel, compiled from an edited source, under other tilings; one whose results differ from the
+default's is marked WRONG.  --peer: PyTorch's compiled flex_attention in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from minisb import kernels  # noqa: E402
+from minisb.backend import choose  # noqa: E402
+from minisb.launchers import attention as twins  # noqa: E402
+from minisb.launchers.attention import Tiling  # noqa: E402
+
+SHAPES = {"train": (32, 1024, 12, 4, 64, 256), "long": (1, 32768, 28, 4, 128, 4096)}
+STEM = "attention_fast"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+#: Kernel -> its template arguments as (M, CHUNK, other arguments, threads that bound the registers) and tilings as
+#: (warps, heads).
+VARIANTS = {
+    ("forward", 64): [
+        ((2, 32, "true", 384), [(6, 3), (4, 1), (6, 1), (12, 3), (12, 1)]),
+        ((2, 32, "true", 256), [(4, 1), (6, 3), (8, 1)]),
+        ((2, 64, "true", 256), [(4, 1), (6, 3), (8, 1)]),
+        ((1, 64, "true", 384), [(4, 1), (12, 3)]),
+        ((1, 64, "true", 512), [(4, 1), (8, 1), (12, 3)]),
+        ((1, 32, "true", 512), [(4, 1), (8, 1), (12, 3)]),
+    ],
+    ("forward", 128): [
+        ((2, 64, "false", 256), [(8, 1), (4, 1)]),
+        ((2, 32, "false", 256), [(8, 1), (4, 1)]),
+        ((1, 64, "true", 384), [(4, 1), (12, 1)]),
+        ((1, 32, "true", 384), [(4, 1), (12, 1)]),
+        ((1, 64, "true", 256), [(8, 1)]),
+    ],
+    ("backward_q", 64): [
+        ((1, 32, "", 512), [(8, 2), (4, 1), (8, 1), (12, 3)]),
+        ((1, 32, "", 384), [(4, 1), (12, 3)]),
+        ((1, 64, "", 384), [(4, 1), (12, 3)]),
+        ((2, 16, "", 256), [(4, 1), (6, 3), (8, 1)]),
+        ((2, 32, "", 256), [(4, 1), (6, 3), (8, 1)]),
+    ],
+    ("backward_q", 128): [
+        ((1, 32, "", 256), [(8, 1), (4, 1)]),
+        ((1, 16, "", 384), [(4, 1), (12, 1)]),
+        ((1, 64, "", 256), [(8, 1), (4, 1)]),
+    ],
+    ("backward_kv", 64): [
+        ((1, 32, "", 384), [(6, 1), (4, 1), (12, 1)]),
+        ((1, 16, "", 512), [(4, 1), (8, 1), (16, 1)]),
+        ((1, 16, "", 384), [(4, 1), (6, 1), (12, 1)]),
+        ((2, 16, "", 256), [(4, 1), (8, 1)]),
+    ],
+    ("backward_kv", 128): [((1, 16, "", 256), [(8, 1), (4, 1)]), ((1, 32, "", 256), [(8, 1), (4, 1)])],
+}
+
+
+def milliseconds(call, rounds: int = 20) -> float:
+    times = []
+    for _ in range(rounds + 3):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end))
+    return sorted(times[3:])[rounds // 2]
+
+
+def reach(be) -> float:
+    """TFLOP/s of a large product, on random numbers."""
+    a, b = (cupy.random.standard_normal((8192, 8192), dtype="float32").astype(BFLOAT16) for _ in range(2))
+    out = cupy.empty_like(a)
+    return 2 * 8192**3 / milliseconds(lambda: be.gemm(a, b, out=out)) / 1e9
+
+
+def source(kernel, arguments) -> str:
+    """The file with this kernel instantiated otherwise."""
+    (name, D), (M, chunk, others, bound) = kernel, arguments
+    template = ", ".join(str(x) for x in (D, M, chunk, others) if x != "")
+    text, edits = re.subn(rf"{name}<{D},[^>]*>", f"{name}<{template}>", kernels.assembled(STEM))
+    text, bounds = re.subn(rf"__launch_bounds__\(\d+\) {STEM}_{name}_{D}\(",
+                           f"__launch_bounds__({bound}) {STEM}_{name}_{D}(", text)  # fmt: skip
+    assert edits == bounds == 1
+    return text
+
+
+def compiled(be, kernel, arguments):
+    """-> the function, registers, bytes spilled."""
+    gpu, name = be.device, f"{STEM}_{kernel[0]}_{kernel[1]}"
+    options = (*kernels.OPTIONS, "--ptxas-options=-v", f"--gpu-architecture={gpu.target}", "-DREAL_bfloat16")
+    code, log = gpu.compiler.compile(source(kernel, arguments), f"{STEM}.cu", options)
+    path = Path(tempfile.mkdtemp()) / "variant.cubin"
+    path.write_bytes(code)
+    use = {use.kernel: use for use in kernels.uses(log)}.get(name)
+    return path, (use.registers, use.spilled) if use else (0, 0)
+
+
+class Problem:
+    """One shape's arrays and the three kernels as calls."""
+
+    def __init__(self, be, B, T, H, G, D, window):
+        self.be, self.shape, self.window, self.scale = be, (B, T, H, G, D, window), window, D**-0.5
+        draw = [cupy.random.standard_normal((B, T, n, D), dtype="float32") for n in (H, G, G, H)]
+        self.q, self.k, self.v, self.do = (x.astype(BFLOAT16) for x in draw)
+        self.o, self.lse = cupy.empty_like(self.q), cupy.empty((B, T, H), "float32")
+        self.dq, self.dk, self.dv = (cupy.empty_like(x) for x in (self.q, self.k, self.v))
+        pairs = B * H * (T * window - window * (window - 1) // 2)
+        self.needed = {"forward": 4 * D * pairs, "backward_q": 4 * D * pairs, "backward_kv": 6 * D * pairs}
+
+    def forward(self):
+        twins._forward_fast(self.be, self.q, self.k, self.v, self.o, self.lse, self.window, self.scale)
+
+    def backward_q(self):
+        inputs = self.do, self.q, self.k, self.v, self.o, self.lse
+        self.kept = twins._backward_q_fast(self.be, *inputs, self.dq, self.window, self.scale)
+
+    def backward_kv(self):
+        inputs = self.do, self.q, self.k, self.v, *self.kept
+        twins._backward_kv_fast(self.be, *inputs, self.dk, self.dv, self.window, self.scale)
+
+    def results(self, name):
+        return {"forward": (self.o,), "backward_q": (self.dq,), "backward_kv": (self.dk, self.dv)}[name]
+
+
+def wide(x):
+    return x.view("uint16").astype("uint32").__lshift__(16).view("float32")
+
+
+def agree(found, expected) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(float(cupy.linalg.norm(wide(x) - wide(y)) / cupy.linalg.norm(wide(y))) < 1e-2 for x, y in pairs)
+
+
+def variants(problem, name, peak, found):
+    be, D = problem.be, problem.shape[4]
+    kernel, key = (name, D), (f"{STEM}_{name}_{D}", BFLOAT16)
+    expected = [x.copy() for x in problem.results(name)]
+    usual = twins.TILINGS[kernel], be.device._ready[key]
+    with ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(lambda v: compiled(be, kernel, v[0]), VARIANTS[kernel]))
+    for (arguments, tilings), (path, (registers, spilled)) in zip(VARIANTS[kernel], built, strict=True):
+        module = cupy.RawModule(path=str(path))
+        for warps, heads in tilings:
+            M, chunk, others, bound = arguments
+            label = f"{name}_{D} M {M} chunk {chunk} {others} bound {bound}, warps {warps} heads {heads}"
+            twins.TILINGS[kernel] = Tiling(16 * M, warps, heads)
+            be.device._ready[key] = module.get_function(key[0]), usual[1][1]
+            for x in problem.results(name):
+                x.view("uint16").fill(0x7FC0)  # NaN
+            try:
+                ms = milliseconds(getattr(problem, name))
+            except Exception as error:  # too many threads or too much shared memory for this variant
+                print(f"  {label}: {type(error).__name__} {str(error)[:80]}")
+                continue
+            right = "" if agree(problem.results(name), expected) else "  WRONG"
+            rate = problem.needed[name] / ms / 1e9
+            print(f"  {label}: {ms:.3f} ms, {rate:.0f} TFLOP/s, {registers} registers, {spilled} spilled{right}")
+            found[label] = {"ms": ms, "right": not right}
+    twins.TILINGS[kernel], be.device._ready[key] = usual
+    getattr(problem, name)()
+
+
+def ours(problem, peak, found):
+    total = 0
+    for name in problem.needed:
+        ms = milliseconds(getattr(problem, name))
+        total += ms
+        rate = problem.needed[name] / ms / 1e9
+        print(f"{name:<12}{ms:8.3f} ms {rate:6.0f} TFLOP/s {rate / peak:5.0%} of the product")
+        found[name] = {"ms": ms, "tflops": rate, "share": rate / peak}
+    rate = sum(problem.needed.values()) / total / 1e9
+    print(f"{'all':<12}{total:8.3f} ms {rate:6.0f} TFLOP/s {rate / peak:5.0%} of the product")
+    found["all"] = {"ms": total, "tflops": rate, "share": rate / peak}
+
+
+def peer(problem, found):
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, T, H, G, D, window = problem.shape
+    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, T, T, device="cuda")
+    attend = torch.compile(flex_attention)
+
+    def timed(call):
+        times = []
+        for _ in range(23):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times[3:])[10]
+
+    for label, heads in (("repeated heads", H), ("grouped heads", G)):
+        q, do = (torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(B, heads, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for x in (q, k, v):
+            x.requires_grad_(True)
+
+        def forward(q=q, k=k, v=v, heads=heads):
+            return attend(q, k, v, block_mask=mask, enable_gqa=heads != H)
+
+        def both(do=do, forward=forward):
+            forward().backward(do)
+
+        with torch.no_grad():
+            alone = timed(forward)
+        whole = timed(both)
+        print(f"flex_attention, {label}: forward {alone:.3f} ms, forward and backward {whole:.3f} ms")
+        found[f"flex {label}"] = {"forward_ms": alone, "both_ms": whole}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--variants", action="store_true", help="time other instantiations and tilings of each kernel")
+    parser.add_argument("--peer", action="store_true", help="time PyTorch's flex_attention too")
+    args = parser.parse_args()
+    be, why = choose("cuda")
+    peak = reach(be)
+    print(f"{why}\nproduct of 8192 x 8192 x 8192: {peak:.0f} TFLOP/s")
+    results = {"device": be.device.describe(), "product_tflops": peak}
+    for shape in args.shape:
+        found = results[shape] = {}
+        problem = Problem(be, *SHAPES[shape])
+        print(f"{shape}: " + " ".join(f"{n} {x}" for n, x in zip("BTHGDW", problem.shape, strict=True)))
+        ours(problem, peak, found)
+        if args.variants:
+            for name in problem.needed:
+                variants(problem, name, peak, found)
+        if args.peer:
+            peer(problem, found)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
