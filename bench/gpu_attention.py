@@ -3,7 +3,7 @@
     python bench/gpu_attention.py --shape train long [--variants] [--peer]
 
 train: B 32, T 1024, H 12, G 4, D 64, window 256.  long: B 1, T 32768, H 28, G 4, D 128, window 4096 (the 7B).
-Median of 20 between CUDA events.  TFLOP/s count what the visible pairs need: 4 D a pair forward, 10 D backward (the
+Median of 20 with a cold cache.  TFLOP/s count what the visible pairs need: 4 D a pair forward, 10 D backward (the
 kernels do 14 D); the share is of a bfloat16 product of 8192 x 8192 x 8192 on this GPU.  A variant is another
 instantiation of a kernel, compiled from an edited source, under other tilings; one whose results differ from the
 default's is marked WRONG.  --peer: PyTorch's compiled flex_attention in the same process.
@@ -24,6 +24,8 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpu_timing import milliseconds, torch_milliseconds  # noqa: E402
 
 from minisb import kernels  # noqa: E402
 from minisb.backend import choose  # noqa: E402
@@ -72,18 +74,6 @@ VARIANTS = {
     ],
     ("backward_kv", 128): [((1, 16, "", 256), [(8, 1), (4, 1)]), ((1, 32, "", 256), [(8, 1), (4, 1)])],
 }
-
-
-def milliseconds(call, rounds: int = 20) -> float:
-    times = []
-    for _ in range(rounds + 3):
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end))
-    return sorted(times[3:])[rounds // 2]
 
 
 def reach(be) -> float:
@@ -201,17 +191,6 @@ def peer(problem, found):
     mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, T, T, device="cuda")
     attend = torch.compile(flex_attention)
 
-    def timed(call):
-        times = []
-        for _ in range(23):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return sorted(times[3:])[10]
-
     for label, heads in (("repeated heads", H), ("grouped heads", G)):
         q, do = (torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(B, heads, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -225,10 +204,12 @@ def peer(problem, found):
             forward().backward(do)
 
         with torch.no_grad():
-            alone = timed(forward)
-        whole = timed(both)
-        print(f"flex_attention, {label}: forward {alone:.3f} ms, forward and backward {whole:.3f} ms")
-        found[f"flex {label}"] = {"forward_ms": alone, "both_ms": whole}
+            alone = torch_milliseconds(forward)
+        whole = torch_milliseconds(both)
+        ratios = alone / found["forward"]["ms"], whole / found["all"]["ms"]
+        print(f"flex_attention, {label}: forward {alone:.3f} ms, forward and backward {whole:.3f} ms; "
+              f"ours is {ratios[0]:.2f} and {ratios[1]:.2f} times as fast")  # fmt: skip
+        found[f"flex {label}"] = {"forward_ms": alone, "both_ms": whole, "ratios": ratios}
 
 
 def main():

@@ -4,7 +4,7 @@
 
 Rows: a training batch (B 32, T 1024, H 12, D 64, with 12 and with 4 key heads), and one layer of the 7B over a
 long text (B 1, T 32768, H 28, G 4, D 128).  The states that backward needs are saved, as in training.  Median of
-20 between CUDA events; bytes are inputs, outputs and saved states once; the copy is what this GPU reaches.
+20 with a cold cache; bytes are inputs, outputs and saved states once; the copy is what this GPU reaches.
 
 --parts: each kernel by itself.  --peer: flash-linear-attention's chunk_gla (needs PyTorch and that package), which
 takes as many key heads as query heads: k, v and the gates are repeated before its time begins.
@@ -22,35 +22,14 @@ import ml_dtypes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gpu_timing import copy_rate, milliseconds, torch_milliseconds  # noqa: E402
+
 from minisb.backend import choose  # noqa: E402
 from minisb.launchers import linear_attention  # noqa: E402
 from minisb.ops.gla import gla_backward, gla_forward  # noqa: E402
 
 ROWS = ((32, 1024, 12, 12, 64), (32, 1024, 12, 4, 64), (1, 32768, 28, 4, 128))
-FORWARD = {"walks": False, "chunks": True}
-BACKWARD = {
-    64: {"8 warps": ("gla_fast_backward_64", 256)},
-    128: {"8 warps": ("gla_fast_backward_128", 256), "16 warps": ("gla_fast_backward_128_16", 512)},
-}
-
-
-def milliseconds(call, rounds: int = 20) -> float:
-    times = []
-    for _ in range(rounds + 3):
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end))
-    return sorted(times[3:])[rounds // 2]
-
-
-def copy_rate() -> float:
-    """GB/s, read and written."""
-    big = cupy.zeros(1 << 28, "float32")
-    other = cupy.empty_like(big)
-    return 2 * big.nbytes / milliseconds(lambda: cupy.copyto(other, big)) / 1e6
+FORWARD = {"walks": 1, "chunks": 1 << 30}  # how many states are many
 
 
 def parts(be, call, rounds: int = 7) -> dict[str, float]:
@@ -99,22 +78,19 @@ def ours(be, shape, reach, show_parts) -> dict:
                 found[f"{name}: {kernel}"] = each
 
     print(f"B {B} T {T} H {H} G {G} D {D}")
-    usual = linear_attention.BY_CHUNKS
-    for name, by_chunks in FORWARD.items():
-        linear_attention.BY_CHUNKS = by_chunks
+    usual = linear_attention.MANY
+    for name, many in FORWARD.items():
+        linear_attention.MANY = many
         row(f"forward, {name}", lambda: gla_forward(be, q, k, v, log_g), forward_bytes)
-    linear_attention.BY_CHUNKS = usual
+    linear_attention.MANY = usual
     saved = gla_forward(be, q, k, v, log_g)[2]
-    usual = linear_attention.BACKWARD[D]
-    for name, kernel in BACKWARD[D].items():
-        linear_attention.BACKWARD[D] = kernel
-        row(f"backward, {name}", lambda: gla_backward(be, do, None, saved), backward_bytes)
-    linear_attention.BACKWARD[D] = usual
+    row("backward", lambda: gla_backward(be, do, None, saved), backward_bytes)
+    row("forward", lambda: gla_forward(be, q, k, v, log_g), forward_bytes)
     row("both", lambda: gla_backward(be, do, None, gla_forward(be, q, k, v, log_g)[2]), forward_bytes + backward_bytes)
     return found
 
 
-def peer(shape) -> dict:
+def peer(shape, ours) -> dict:
     import torch
     from fla.ops.gla import chunk_gla
 
@@ -124,22 +100,13 @@ def peer(shape) -> dict:
     do = torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16)
     inputs = q, k, v, log_g
 
-    def run(call, rounds=20):
-        times = []
-        for _ in range(rounds + 5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return sorted(times[5:])[rounds // 2]
-
     found = {
-        "peer forward": run(lambda: chunk_gla(*inputs)[0]),
-        "peer both": run(lambda: torch.autograd.grad(chunk_gla(*inputs)[0], inputs, do)),
+        "peer forward": torch_milliseconds(lambda: chunk_gla(*inputs)[0]),
+        "peer both": torch_milliseconds(lambda: torch.autograd.grad(chunk_gla(*inputs)[0], inputs, do)),
     }
-    print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items()))
+    for name in ("forward", "both"):
+        ratio = found[f"{name}, ratio"] = found[f"peer {name}"] / ours[name]
+        print(f"  flash-linear-attention, {name}: {found[f'peer {name}']:.3f} ms, ours is {ratio:.2f} times as fast")
     return found
 
 
@@ -157,7 +124,7 @@ def main():
         found[name] = ours(be, shape, reach, args.parts)
         cupy.get_default_memory_pool().free_all_blocks()
         if args.peer:
-            found[name] |= peer(shape)
+            found[name] |= peer(shape, found[name])
     print(json.dumps(found))
 
 

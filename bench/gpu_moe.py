@@ -21,6 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gpu_timing import copy_rate, milliseconds  # noqa: E402
+
 from minisb import kernels  # noqa: E402
 from minisb.backend import CudaBackend  # noqa: E402
 from minisb.gpu import Gpu  # noqa: E402
@@ -36,18 +38,6 @@ TILES = (
     launchers.Fast(columns=256, warp_columns=64, depth=32, stages=4),
 )  # fmt: skip
 HALF = ml_dtypes.bfloat16
-
-
-def milliseconds(call, rounds: int = 20) -> float:
-    times = []
-    for _ in range(rounds + 3):
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end))
-    return sorted(times[3:])[rounds // 2]
 
 
 def draw(*shape, dtype=HALF):
@@ -70,13 +60,6 @@ def backend_for(tile: launchers.Fast) -> CudaBackend:
     device = Gpu()
     device._cubins["nothing", "bfloat16"] = None  # not the first: so only what is launched is compiled anew
     return CudaBackend(device)
-
-
-def copy_rate() -> float:
-    """GB/s read and written."""
-    big = cupy.zeros(1 << 28, "float32")
-    other = cupy.empty_like(big)
-    return 2 * big.nbytes / milliseconds(lambda: cupy.copyto(other, big)) / 1e6
 
 
 def products(be, plan, x, w, dy, y, dw):

@@ -5,7 +5,11 @@
 //
 // Parameters, moments and gradients are wide whatever the activations are; `shadow`, where it is not
 // null, gets the new parameters rounded to real, which is what the products then read.
-// Grid: a thread an element, again and again.  Bytes: 4 N in, 3 N out (and the shadow).
+// Grid: a thread four elements, again and again.  Bytes: 4 N in, 3 N out (and the shadow).
+
+struct alignas(4 * sizeof(wide)) Four {
+    wide x[4];
+};
 
 // The gradient is scaled by *g_scale, a number on the device, so that clipping needs no host read.
 // Where that is not above 0 (the norm was NaN or infinite) nothing is changed at all.
@@ -17,13 +21,29 @@ extern "C" __global__ void adamw(
     if (!(scale > 0)) return;
     const wide rest1 = 1 - beta1, rest2 = 1 - beta2, keep = 1 - lr * weight_decay, rate = lr / correction1;
     const wide c2 = correction2, least = eps;
-    for (EACH(i, N)) {
-        const wide gi = g[i] * scale;
-        const wide mi = m[i] + rest1 * (gi - m[i]), vi = v[i] + rest2 * (gi * gi - v[i]);
-        const wide kept = i < decayed ? p[i] * keep : p[i];
-        m[i] = mi;
-        v[i] = vi;
-        p[i] = kept - rate * mi / (sqrt(vi / c2) + least);
+    auto change = [&](i64 i, wide& p, wide g, wide& m, wide& v) {
+        g *= scale;
+        m += rest1 * (g - m);
+        v += rest2 * (g * g - v);
+        p = (i < decayed ? p * keep : p) - rate * m / (sqrt(v / c2) + least);
+    };
+    const i64 fours = N / 4;  // flat buffers begin where four fit
+    for (EACH(n, fours)) {
+        Four p4 = ((Four*)p)[n], m4 = ((Four*)m)[n], v4 = ((Four*)v)[n];
+        const Four g4 = ((const Four*)g)[n];
+        Pack<4> rounded;
+        for (int j = 0; j < 4; j++) {
+            change(4 * n + j, p4.x[j], g4.x[j], m4.x[j], v4.x[j]);
+            rounded.x[j] = p4.x[j];
+        }
+        ((Four*)p)[n] = p4;
+        ((Four*)m)[n] = m4;
+        ((Four*)v)[n] = v4;
+        if (shadow) store(shadow + 4 * n, rounded);
+    }
+    for (EACH(n, N - 4 * fours)) {
+        const i64 i = 4 * fours + n;
+        change(i, p[i], g[i], m[i], v[i]);
         if (shadow) shadow[i] = p[i];
     }
 }

@@ -25,9 +25,13 @@ struct bf16 {
     bf16() = default;
     __device__ bf16(float x)
     {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
         const unsigned u = __float_as_uint(x);
         const unsigned rounded = u + 0x7fff + ((u >> 16) & 1);  // to nearest, ties to even
         bits = x != x ? 0x7fff : rounded >> 16;
+#endif
     }
     __device__ operator float() const { return __uint_as_float((unsigned)bits << 16); }
 };

@@ -26,10 +26,10 @@ __device__ void row_of(real* x, int target, bool counted, wide* loss, const wide
     }
     if (!dloss) return;
     __syncthreads();  // the target's logit has been read
-    const wide d = counted ? *dloss : 0;
+    const wide d = counted ? *dloss : 0, share = d / total;
     for (int j = threadIdx.x * W; j < V; j += blockDim.x * W) {
         Pack<W> a = load<W>(x + j);
-        for (int i = 0; i < W; i++) a.x[i] = (exp((wide)a.x[i] - top_of_row) / total - (j + i == target ? 1 : 0)) * d;
+        for (int i = 0; i < W; i++) a.x[i] = exp((wide)a.x[i] - top_of_row) * share - (j + i == target ? d : 0);
         store(x + j, a);
     }
 }

@@ -304,7 +304,7 @@ __device__ void backward(
 }
 #endif
 
-// 8 warps, two blocks a multiprocessor; or 8 or 16 warps, one block.
+// D 64: 8 warps, two blocks a multiprocessor.  D 128: 16 warps, one block (8 warps took a tenth longer).
 extern "C" __global__ void __launch_bounds__(256) gla_fast_backward_64(
     const real* d_o, const real* q, const real* k, const real* v, const wide* log_g, const wide* states,
     const wide* dstates, real* dq, real* dk, real* dv, wide* dlog_g, int T, int H, int G, wide scale)
@@ -314,16 +314,7 @@ extern "C" __global__ void __launch_bounds__(256) gla_fast_backward_64(
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(256) gla_fast_backward_128(
-    const real* d_o, const real* q, const real* k, const real* v, const wide* log_g, const wide* states,
-    const wide* dstates, real* dq, real* dk, real* dv, wide* dlog_g, int T, int H, int G, wide scale)
-{
-#if TENSOR_CORES
-    backward<128, 8>(d_o, q, k, v, log_g, states, dstates, dq, dk, dv, dlog_g, T, H, G, scale);
-#endif
-}
-
-extern "C" __global__ void __launch_bounds__(512) gla_fast_backward_128_16(
+extern "C" __global__ void __launch_bounds__(512) gla_fast_backward_128(
     const real* d_o, const real* q, const real* k, const real* v, const wide* log_g, const wide* states,
     const wide* dstates, real* dq, real* dk, real* dv, wide* dlog_g, int T, int H, int G, wide scale)
 {

@@ -9,12 +9,11 @@
 // so k', v and S' serve all four products.  An exponent can be positive here, but spans half a chunk at most;
 // a chunk where that would exceed SPAN is walked token by token instead, exactly (`walk`).
 //
-// Two schedules.  Many heads: a block walks a whole text.  Few (one long text): the text is cut into Z pieces;
-// their states are computed from zero, joined (`gla_fast_join`), and the pieces walked again from there.
+// A block walks a whole text: the schedule for many states.  For few see gla_outputs_fast.cu.
 //
-// Shapes: as in gla.cu; states (B,N,G,D,D) for the N chunks of 64; first and final (B,G,Z,D,D).
-// Grid: x is a state (b, g), z a piece of `chunks` chunks; 8 warps.  The next chunk is on its way from memory while this one is computed.
-// Bytes: every input once (k, v and the gates twice in pieces), o once, the saved states once.
+// Shapes: as in gla.cu; states (B,N,G,D,D) for the N chunks of 64.
+// Grid: x is a state (b, g); 8 warps.  The next chunk is on its way from memory while this one is computed.
+// Bytes: every input once, o once, the saved states once.
 
 constexpr int CHUNK = 64;  // tokens
 #ifdef REAL_float16
@@ -88,7 +87,7 @@ __device__ __forceinline__ void walk(Shared<D>& s, Stage<D>& stage, float (&S)[L
                     x = decay * x + key * (float)stage.value[t][state_column + 8 * j + column + c];
                 }
         }
-        for (int r = 0; r < R && o; r++) {
+        for (int r = 0; r < R; r++) {
             const real* query = q + t * step + r * D + state_row + row;
             for (int j = 0; j < L::columns / 8; j++)
                 for (int c = 0; c < 2; c++) {
@@ -109,7 +108,7 @@ __device__ __forceinline__ void walk(Shared<D>& s, Stage<D>& stage, float (&S)[L
 
 template <int D>
 __device__ void forward(const real* q, const real* k, const real* v, const float* log_g, const float* first, real* o,
-                        float* final, float* states, float* decays, int T, int H, int G, float scale, int chunks_a_piece)
+                        float* final, float* states, int T, int H, int G, float scale)
 {
     typedef Layout<D> L;
     constexpr int PITCH = L::pitch, COLUMN_TILES = L::columns / 8;
@@ -120,25 +119,23 @@ __device__ void forward(const real* q, const real* k, const real* v, const float
     const int state_row = warp % L::row_tiles * 16, state_column = warp / L::row_tiles * L::columns;
     const i64 kv = ((i64)b * T * G + g) * D, kv_step = (i64)G * D, qo_step = (i64)H * D;
     const i64 qo = ((i64)b * T * H + g * R) * D;
-    const int chunks = (T + CHUNK - 1) / CHUNK, n0 = blockIdx.z * chunks_a_piece;
-    const int n1 = n0 + chunks_a_piece < chunks ? n0 + chunks_a_piece : chunks;
-    const i64 piece = ((i64)blockIdx.x * gridDim.z + blockIdx.z) * D;  // rows of first and final before ours
-    float whole = 0;                                                    // log of the piece's decay, thread d's channel
+    const int chunks = (T + CHUNK - 1) / CHUNK;
+    const i64 before = (i64)blockIdx.x * D;  // rows of first and final before ours
 
     // S: rows state_row + row (+ 8), columns state_column + 8 j + column (+ 1), as the products leave them
     float S[COLUMN_TILES][4];
     for (int j = 0; j < COLUMN_TILES; j++)
         for (int c = 0; c < 4; c++)
-            S[j][c] = first ? first[(piece + state_row + row + c / 2 * 8) * D + state_column + 8 * j + column + c % 2] : 0;
+            S[j][c] = first ? first[(before + state_row + row + c / 2 * 8) * D + state_column + 8 * j + column + c % 2] : 0;
 
-    fetch<D>(s.stage[n0 % 2], k, v, log_g, kv + n0 * CHUNK * kv_step, kv_step, T - n0 * CHUNK);
+    fetch<D>(s.stage[0], k, v, log_g, kv, kv_step, T);
     copies_issued();
-    for (int n = n0; n < n1; n++) {
+    for (int n = 0; n < chunks; n++) {
         Stage<D>& stage = s.stage[n % 2];
         const int start = n * CHUNK, inside = T - start;
         copies_arrived();
         __syncthreads();
-        if (n + 1 < n1)
+        if (n + 1 < chunks)
             fetch<D>(s.stage[(n + 1) % 2], k, v, log_g, kv + (start + CHUNK) * kv_step, kv_step, inside - CHUNK);
         copies_issued();
 
@@ -161,10 +158,9 @@ __device__ void forward(const real* q, const real* k, const real* v, const float
         if (threadIdx.x < D) {
             for (int w = 0; w < 4; w++) to_middle += s.total[w][threadIdx.x], to_end += s.total[w + 4][threadIdx.x];
             too_wide = !(to_middle > -SPAN && to_end > -SPAN);  // so that NaN is walked too
-            whole += to_middle + to_end;
         }
         if (__syncthreads_or(too_wide)) {
-            walk<D>(s, stage, S, q + qo + start * qo_step, o ? o + qo + start * qo_step : o, inside, R, qo_step, scale);
+            walk<D>(s, stage, S, q + qo + start * qo_step, o + qo + start * qo_step, inside, R, qo_step, scale);
             continue;
         }
 
@@ -208,7 +204,7 @@ __device__ void forward(const real* q, const real* k, const real* v, const float
         for (int j = 0; j < COLUMN_TILES; j++)
             for (int c = 0; c < 4; c++) S[j][c] *= ending[c / 2];
 
-        for (int r = warp / 4; r < R && o; r += 2) {
+        for (int r = warp / 4; r < R; r += 2) {
             real (&query)[CHUNK][D + PAD] = s.query[warp / 4];
             for (int t = 0; t < 16; t++)  // q' of the warp's own 16 tokens
                 for (int d = 2 * lane(); d < D; d += 64) {
@@ -265,43 +261,25 @@ __device__ void forward(const real* q, const real* k, const real* v, const float
     }
     for (int j = 0; j < COLUMN_TILES; j++)
         for (int c = 0; c < 4; c++)
-            final[(piece + state_row + row + c / 2 * 8) * D + state_column + 8 * j + column + c % 2] = S[j][c];
-    if (decays && threadIdx.x < D) decays[piece + threadIdx.x] = exp(whole);
+            final[(before + state_row + row + c / 2 * 8) * D + state_column + 8 * j + column + c % 2] = S[j][c];
 }
 #endif
 
-// first, states, o (only states are wanted) and decays (B,G,Z,D) may be null.
+// first may be null.
 extern "C" __global__ void __launch_bounds__(256) gla_fast_forward_64(
     const real* q, const real* k, const real* v, const wide* log_g, const wide* first, real* o, wide* final,
-    wide* states, wide* decays, int T, int H, int G, wide scale, int chunks)
+    wide* states, int T, int H, int G, wide scale)
 {
 #if TENSOR_CORES
-    forward<64>(q, k, v, log_g, first, o, final, states, decays, T, H, G, scale, chunks);
+    forward<64>(q, k, v, log_g, first, o, final, states, T, H, G, scale);
 #endif
 }
 
 extern "C" __global__ void __launch_bounds__(256) gla_fast_forward_128(
     const real* q, const real* k, const real* v, const wide* log_g, const wide* first, real* o, wide* final,
-    wide* states, wide* decays, int T, int H, int G, wide scale, int chunks)
+    wide* states, int T, int H, int G, wide scale)
 {
 #if TENSOR_CORES
-    forward<128>(q, k, v, log_g, first, o, final, states, decays, T, H, G, scale, chunks);
+    forward<128>(q, k, v, log_g, first, o, final, states, T, H, G, scale);
 #endif
-}
-
-// S (N,Z,D,D), what each piece adds, becomes the state before it; first (N,D,D) or null, last (N,D,D) the state
-// after all.  A thread an entry.
-extern "C" __global__ void gla_fast_join(const wide* first, wide* S, const wide* decays, wide* last, i64 N, int Z, int D)
-{
-    for (EACH(i, N * D * D)) {
-        const i64 state = i / (D * D), at = i % (D * D), d = at / D;
-        wide before = first ? first[i] : 0;
-        for (int z = 0; z < Z; z++) {
-            const i64 piece = state * Z + z;
-            const wide added = S[piece * D * D + at];
-            S[piece * D * D + at] = before;
-            before = decays[piece * D + d] * before + added;
-        }
-        last[i] = before;
-    }
 }

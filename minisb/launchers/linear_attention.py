@@ -7,9 +7,10 @@ from minisb.ops import gla
 
 FAST_CHUNK = 64  # tokens of a chunk on tensor cores (CHUNK in cuda/gla_fast.cu)
 CHUNK = 16  # tokens between two saved states (CHUNK in cuda/gla.cu)
-BY_CHUNKS = False  # forward: chunks on their own once their states are known, instead of walks
-#: Heads of D channels -> the kernel of backward and its threads ("gla_fast_backward_128_16" has 512).
-BACKWARD = {64: ("gla_fast_backward_64", 256), 128: ("gla_fast_backward_128", 256)}
+#: Forward: from so many states on, a block walks each; below, chunks are shared out once their states are known.
+MANY = MULTIPROCESSORS // 2
+#: Heads of D channels -> the kernel of backward and its threads.
+BACKWARD = {64: ("gla_fast_backward_64", 256), 128: ("gla_fast_backward_128", 512)}
 
 
 def gla_forward(be, q, k, v, log_g, state=None, scale=None, chunk=CHUNK):
@@ -72,34 +73,24 @@ def _fast_bytes(D: int) -> int:
 def _gla_forward_fast(be, q, k, v, log_g, first, scale):
     q, k, v, log_g, first = contiguous(be, q, k, v, log_g, first)
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    forward = _forward_by_chunks if BY_CHUNKS else _forward_by_walks
+    forward = _forward_by_walks if k.shape[0] * k.shape[2] >= MANY else _forward_by_chunks
     o, final, states = forward(be, q, k, v, log_g, first, scale)
     return o, final, (q, k, v, log_g, scale, FAST_CHUNK, states)
 
 
 def _forward_by_walks(be, q, k, v, log_g, first, scale):
-    """Many states: a block walks each.  Few: the text is cut into pieces, whose states are found first."""
+    """Where there are many states: a block walks the text of each."""
     (B, T, G, D), H = k.shape, q.shape[2]
-    chunks = -(-T // FAST_CHUNK)
-    a_piece = -(-chunks // max(1, min(chunks // 4, MULTIPROCESSORS // (B * G))))
-    pieces = -(-chunks // a_piece)
-    o, final, wide = be.xp.empty_like(q), be.xp.empty((B, G, D, D), "float32"), "float32"
-    states = be.xp.empty((B, chunks, G, D, D), wide)
-    sizes, shared = (T, H, G, scale, a_piece), _fast_bytes(D)
+    o, final = be.xp.empty_like(q), be.xp.empty((B, G, D, D), "float32")
+    states = be.xp.empty((B, -(-T // FAST_CHUNK), G, D, D), "float32")
     kernel = {64: "gla_fast_forward_64", 128: "gla_fast_forward_128"}[D]
-    grid, inputs = (B * G, 1, pieces), (q, k, v, log_g)
-    ends = final
-    if pieces > 1:
-        ends, decays = be.xp.empty((B, G, pieces, D, D), wide), be.xp.empty((B, G, pieces, D), wide)
-        be.launch(kernel, q, grid, 256, *inputs, None, None, ends, None, decays, *sizes, shared=shared)
-        each(be, "gla_fast_join", q, final.size, first, ends, decays, final, B * G, pieces, D)
-        first, ends = ends, be.xp.empty_like(ends)
-    be.launch(kernel, q, grid, 256, *inputs, first, o, ends, states, None, *sizes, shared=shared)
+    arrays, sizes = (q, k, v, log_g, first, o, final, states), (T, H, G, scale)
+    be.launch(kernel, q, B * G, 256, *arrays, *sizes, shared=_fast_bytes(D))
     return o, final, states
 
 
 def _forward_by_chunks(be, q, k, v, log_g, first, scale):
-    """The states from chunk to chunk, and then every chunk by itself."""
+    """Where there are few: the states from chunk to chunk, and then every chunk by itself."""
     (B, T, G, D), H = k.shape, q.shape[2]
     states, final = _chunk_states(be, k, v, log_g, first, 1.0, forwards=1)
     o = be.xp.empty_like(q)

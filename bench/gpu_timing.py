@@ -1,0 +1,48 @@
+"""Milliseconds of GPU work, for the benches beside this file."""
+
+import cupy
+
+ROUNDS = 20
+
+
+def milliseconds(call, rounds: int = ROUNDS) -> float:
+    """Median time of what call() launches, with a cold cache.
+
+    Before each call a large buffer is overwritten: that empties the cache as another layer's work would, and keeps the
+    GPU busy while Python issues the launches, so that their cost is not counted.
+    """
+    other = cupy.empty(1 << 27, "float32")  # 512 MB
+    times = []
+    for i in range(rounds + 3):
+        other.fill(i)
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end))
+    return sorted(times[3:])[rounds // 2]
+
+
+def torch_milliseconds(call, rounds: int = ROUNDS) -> float:
+    """The same of what PyTorch launches."""
+    import torch
+
+    other = torch.empty(1 << 27, device="cuda")
+    times = []
+    for i in range(rounds + 5):  # the first ones compile
+        other.fill_(i)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[5:])[rounds // 2]
+
+
+def copy_rate() -> float:
+    """GB/s, read and written."""
+    big = cupy.zeros(1 << 28, "float32")
+    other = cupy.empty_like(big)
+    return 2 * big.nbytes / milliseconds(lambda: cupy.copyto(other, big)) / 1e6
