@@ -2,6 +2,7 @@
 
     python bench/spike_sweep.py --out sweep                    # nano: a quarter of an hour or more on 2 cores
     python bench/spike_sweep.py --out sweep                    # again: finished branches are skipped
+    python bench/spike_sweep.py --seeds 0 1 2 --device cuda    # the mean of three runs, minutes on a GPU (in float32)
 
 All branches read the same batches at the same learning rates.  "untrained" switches spikes on in the float
 twin, "trained" has trained the last fifth of the steps with them.  Two broken backwards show what the
@@ -40,7 +41,7 @@ KS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 BROKEN_K, BROKEN = 0.5, ("zero gradient", "dW with x")
 REPORT_SPARSITY = 0.6915
 SPIKE_FROM = 0.8
-LOSS_TOKENS, METER_TOKENS = 1 << 15, 1 << 13  # validation tokens for losses, the same for all, and for sparsity
+LOSS_TOKENS, METER_TOKENS = 1 << 17, 1 << 13  # validation tokens for losses, the same for all, and for sparsity
 
 
 def break_backward(be, kind: str) -> dict:
@@ -70,8 +71,9 @@ def break_backward(be, kind: str) -> dict:
 class Sweep:
     """The experiment in a folder: float_phase/ and float_twin/ are runs, NAME.json is a finished branch."""
 
-    def __init__(self, folder: Path, config, settings: TrainSettings, tokenizer, data, threads):
-        self.folder, self.config, self.settings, self.threads = folder, config, settings, threads
+    def __init__(self, folder: Path, config, settings: TrainSettings, tokenizer, data, device, threads):
+        self.folder, self.config, self.settings = folder, config, settings
+        self.machine = device, "all", threads
         self.tokenizer, self.data = tokenizer, data
         self.branch_at = round(SPIKE_FROM * config.steps)
         self.val = whole_windows(data.val, config, LOSS_TOKENS)
@@ -112,7 +114,7 @@ class Sweep:
             "preset": self.config.preset,
             "steps": self.config.steps,
             "branch_at": self.branch_at,
-            "seed": self.settings.seed,
+            "seeds": [self.settings.seed],
             "val_tokens": len(self.val) - 1,
             "float": float_loss,
             "by_k": rows,
@@ -123,7 +125,7 @@ class Sweep:
     def _float_phase(self):
         if (self.folder / "float_phase").exists():
             return
-        be, _ = choose("cpu", "all", self.threads)
+        be, _ = choose(*self.machine)
         model = SpikingBrain(self.config, be, ParamStore(specs(self.config), be.xp, optimizer=True))
         model.store.initialise(self.settings.seed)
         self._train(model, 0, self.branch_at, spiking=False)
@@ -134,7 +136,7 @@ class Sweep:
         path = self._path(name)
         if path.exists():
             return json.loads(path.read_text())
-        be, _ = choose("cpu", "all", self.threads)
+        be, _ = choose(*self.machine)
         config = self.config if k is None else replace(self.config, spike_k=k)
         model = SpikingBrain(config, be, ParamStore(specs(config), be.xp, optimizer=True))
         checkpoint.load_state(self.folder / "float_phase", model.store)
@@ -160,7 +162,8 @@ class Sweep:
             update(model.be, model.store, trainer.step + 1, trainer._learning_rate(), norm, settings)
             trainer.step += 1
             coded.clear()
-            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            if trainer.step % 10 == 0:  # on a GPU looking at a number means waiting for it
+                self.bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
             self.bar.update()
         model.be.natives = natives
 
@@ -203,11 +206,27 @@ def _crossing(sparsity: list[float], ks, wanted: float) -> float | None:
     return None
 
 
+def mean(results: list):
+    """One result from those of several seeds: every number its mean, and beside each share recovered those of all."""
+    first = results[0]
+    if any(r is None for r in results):
+        return None
+    if isinstance(first, dict):
+        found = {key: mean([r[key] for r in results]) for key in first}
+        if "recovered" in first:
+            found["recovered_by_seed"] = [r["recovered"] for r in results]
+        return found
+    if isinstance(first, list):
+        return [mean(list(parts)) for parts in zip(*results, strict=True)]
+    return float(np.mean(results)) if isinstance(first, float) else first
+
+
 def table(result: dict) -> str:
     """The result as a page to read."""
+    seeds = ("seed " if len(result["seeds"]) == 1 else "mean of seeds ") + ", ".join(map(str, result["seeds"]))
     lines = [
-        f"{result['preset']}, {result['steps']:,} steps, spikes from step {result['branch_at']:,}, "
-        f"seed {result['seed']}; loss in nats a token over {result['val_tokens']:,} unseen tokens",
+        f"{result['preset']}, {result['steps']:,} steps, spikes from step {result['branch_at']:,}, {seeds}; "
+        f"loss in nats a token over {result['val_tokens']:,} unseen tokens",
         "cost: against the float twin; sparsity: 3-step window, after training",
         f"{'':<16}{'untrained':>10}{'cost':>9}{'trained':>10}{'cost':>9}{'recovered':>11}"
         f"{'sparsity':>10}{'among firing':>14}",
@@ -215,17 +234,21 @@ def table(result: dict) -> str:
     ]
     extra = [result["at_report_sparsity"]] if result["at_report_sparsity"] else []
     for row in [*result["by_k"], *extra, *result["broken"]]:
-        name = f"k = {row['k']:g}" if row["name"].startswith("k") else row["name"]
+        name = f"k = {row['k']:.4g}" if row["name"].startswith("k") else row["name"]
         recovered = "" if row["recovered"] is None else f"{row['recovered']:.1%}"
         lines.append(
             f"{name:<16}{row['untrained']:>10.4f}{row['cost_untrained']:>+9.2%}{row['loss']:>10.4f}{row['cost']:>+9.2%}"
             f"{recovered:>11}{row['sparsity']:>10.2%}{row['sparsity_firing']:>14.2%}"
         )
     lines.append(f"broken backwards at k = {BROKEN_K:g}: {', '.join(BROKEN)}")
+    if len(result["seeds"]) > 1:
+        for row in [result["by_k"][0], *result["broken"]]:
+            shares = ", ".join(f"{share:.1%}" for share in row["recovered_by_seed"])
+            lines.append(f"recovered seed by seed, {row['name']}: {shares}")
     if extra:
         row = extra[0]
         lines.append(
-            f"the report's sparsity of {REPORT_SPARSITY:.2%}: k = {row['k']:g} has {row['sparsity']:.2%} "
+            f"the report's sparsity of {REPORT_SPARSITY:.2%}: k = {row['k']:.4g} has {row['sparsity']:.2%} "
             f"and costs {row['cost']:+.2%}"
         )
     else:
@@ -239,15 +262,19 @@ def main(argv) -> int:
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--data", default="stdlib", help="stdlib, or a text file or folder (default: stdlib)")
     parser.add_argument("--steps", type=int, help="default: the preset's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="several: a sweep each, and their mean")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
     config = preset(args.preset, **({"steps": args.steps} if args.steps else {}))
     tokenizer = default_tokenizer(args.data, config.vocab)
     config = replace(config, vocab=tokenizer.vocab_size)
-    settings = TrainSettings(data=args.data, seed=args.seed, spike_from=SPIKE_FROM)
-    data = load_tokens(args.data, tokenizer)
-    result = Sweep(args.out, config, settings, tokenizer, data, args.threads).run()
+    data, results = load_tokens(args.data, tokenizer), []
+    for seed in args.seeds:
+        settings = TrainSettings(data=args.data, seed=seed, spike_from=SPIKE_FROM)
+        folder = args.out if len(args.seeds) == 1 else args.out / f"seed-{seed}"
+        results.append(Sweep(folder, config, settings, tokenizer, data, args.device, args.threads).run())
+    result = {**mean(results), "seeds": args.seeds}
     print(table(result))
     print(json.dumps(result))
     return 0

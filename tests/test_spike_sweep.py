@@ -102,6 +102,14 @@ def test_broken_backwards(name):
     assert relative_rms(with_x[last_norm], right[last_norm]) < 1e-12
 
 
+def test_the_mean_of_seeds():
+    one = {"float": 1.0, "by_k": [{"k": 0.5, "recovered": 0.2, "name": "k0.5"}], "at": None, "steps": 7}
+    two = {"float": 2.0, "by_k": [{"k": 0.5, "recovered": 0.6, "name": "k0.5"}], "at": {"k": 1.0}, "steps": 7}
+    found = sweep.mean([one, two])
+    assert found["float"] == 1.5 and found["steps"] == 7
+    assert found["by_k"] == [{"k": 0.5, "recovered": 0.4, "name": "k0.5", "recovered_by_seed": [0.2, 0.6]}]
+
+
 def test_where_the_sparsity_is_the_reports():
     assert sweep._crossing([0.9, 0.7, 0.6], (1.0, 2.0, 3.0), 0.65) == 2.5
     assert sweep._crossing([0.6, 0.5], (1.0, 2.0), 0.65) is None
