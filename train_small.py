@@ -19,7 +19,7 @@ from minisb.data import default_tokenizer, load_tokens
 from minisb.errors import MinisbError
 from minisb.params import count
 from minisb.plots import expert_load, loss_curve
-from minisb.train import TrainSettings, check_memory, describe_data, resume, start
+from minisb.train import TrainSettings, check_memory, describe_data, intervals, resume, start
 
 #: Flags by where their values go.  None means "not given": the preset or the stored run decides.
 CONFIG_FLAGS = ("steps", "batch_size", "seq_len", "lr", "spike", "spike_k", "capacity")
@@ -57,8 +57,18 @@ def parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, metavar="N", help="batches in one update, as if B were N times larger (default: 1)")
     add("--threads", type=int, metavar="N", help="cores to use (default: all that this process may use)")
     add("--graph", choices=("on", "off"), help="record a step once and replay it; for GPUs (default: on there)")
-    add("--eval-every", type=int, metavar="N", help="steps between evaluations (default: an eighth of the steps)")
-    add("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default: a fifth of the steps)")
+    add(
+        "--eval-every",
+        type=int,
+        metavar="N",
+        help="steps between evaluations (default: an eighth of the steps, at least 10)",
+    )
+    add(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="steps between checkpoints (default: a fifth of the steps, at least 10)",
+    )
     add("--out", metavar="DIR", help="folder of the run (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its own settings")
     return p
@@ -114,11 +124,9 @@ def main(argv) -> int:
 def new_run(args):
     """-> folder, Config, TrainSettings of the flags; nothing is written yet."""
     config = preset(args.preset or "nano", **_given(args, CONFIG_FLAGS))
-    every = {
-        "eval_every": max(1, config.steps // 8),
-        "checkpoint_every": max(1, config.steps // 5),
-    }
-    settings = TrainSettings(**every | {"dtype": "auto"} | _given(args, (*TRAIN_FLAGS, *MACHINE_FLAGS)))
+    settings = TrainSettings(
+        **intervals(config.steps) | {"dtype": "auto"} | _given(args, (*TRAIN_FLAGS, *MACHINE_FLAGS))
+    )
     return _new_folder(args.out, config.preset), config, settings
 
 

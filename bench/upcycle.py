@@ -4,9 +4,10 @@
 
 Both sides begin from the same weights, with moments at zero, and read the same batches in the same order at the
 same learning rates; only the feed-forward networks differ.  Per seed one pair.  What is compared is the loss after
-equally many tokens: the mixture does more work a token (the shared expert beside the routed ones), and `tok_per_s`
-says how much longer it takes.  Finished runs in --out are kept, stopped ones go on.  Curves go to OUT/upcycle.json and
-OUT/upcycle.png; the last line is one JSON object.
+equally many tokens, on the whole validation text (`first`, `last`, and `difference` pair by pair: a seed is the order
+of the batches, which both sides share).  The mixture does more work a token (the shared expert beside the routed ones):
+`tok_per_s` are steps of both, taken in turn.  Finished runs in --out are kept, stopped ones go on.  Curves go to
+OUT/upcycle.json and OUT/upcycle.png; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +26,10 @@ from minisb.backend import CpuBackend
 from minisb.config import PRESETS, preset
 from minisb.data import default_tokenizer, load_tokens
 from minisb.model import SpikingBrain
+from minisb.optim import update
 from minisb.params import count
-from minisb.plots import BLUE, ORANGE, _pyplot, _save
-from minisb.train import GLANCE_TOKENS, TrainSettings, evaluate, resume, start, whole_windows
+from minisb.plots import BLUE, GREY, ORANGE, _pyplot, _save
+from minisb.train import FINAL_TOKENS, GLANCE_TOKENS, TrainSettings, evaluate, resume, start, whole_windows
 from minisb.upcycle import begin, mismatch, upcycled_config, upcycled_store
 
 SIDES = ("dense", "upcycled")
@@ -60,41 +63,85 @@ def main(argv) -> int:
     dense = replace(base.config, steps=args.steps, lr=args.lr or base.config.lr / 4)
     configs = dict(zip(SIDES, (dense, upcycled_config(dense, args.experts)), strict=True))
 
-    curves = {side: [] for side in SIDES}
-    speeds, differs = {side: [] for side in SIDES}, []
+    whole = whole_windows(data.val, dense, FINAL_TOKENS)
+    glance = whole_windows(data.val, dense, GLANCE_TOKENS)
+    before = evaluate(base, whole)["val_loss"]
+    curves, first, last = ({side: [] for side in SIDES} for _ in range(3))
+    differs, least = [], []
     for seed in range(args.seeds):
+        trainers = {}
         for side, config in configs.items():
             run = out / f"{side}-{seed}"
             if not checkpoint.is_run(run):
                 store = base.store if side == "dense" else upcycled_store(base, config, args.exact, seed)
-                model = SpikingBrain(config, be, store)
-                if side == "upcycled":
-                    differs.append(float(np.mean(mismatch(base, model, data.val[: config.seq_len]))))
-                first = evaluate(model, whole_windows(data.val, config, GLANCE_TOKENS))["val_loss"]
+                begins = evaluate(SpikingBrain(config, be, store), glance)["val_loss"]
                 store = trainable(store, be)
                 begin(run, config, replace(settings, seed=seed + 1), store, base.tokenizer, stored["data"])
-                checkpoint.append_log(run, {"step": 0, "tokens": 0, "val_loss": first})
-            trainer = resume(run, config, TrainSettings.from_dict(checkpoint.load_config(run)["training"]), be, data)
+                checkpoint.append_log(run, {"step": 0, "tokens": 0, "val_loss": begins})
+            trainers[side] = trainer = resume(run, config, training(run), be, data)
             if not trainer.run():
                 return cli.INTERRUPTED
             seen = [entry for entry in checkpoint.read_log(run) if "val_loss" in entry]
             curves[side].append([[entry["tokens"], entry["val_loss"]] for entry in seen])
-            speeds[side] += [entry["tok_per_s"] for entry in seen[1:]]
-            print(f"seed {seed}, {side:9} {seen[0]['val_loss']:.4f} -> {seen[-1]['val_loss']:.4f}", flush=True)
+            found = evaluate(trainer.model, whole)
+            last[side].append(found["val_loss"])
+            if side == "upcycled":
+                least.append(found["expert_load_min"])
+                model = SpikingBrain(config, be, upcycled_store(base, config, args.exact, seed))
+                differs.append(float(np.mean(mismatch(base, model, whole[: config.seq_len]))))
+            first[side].append(before if side == "dense" else evaluate(model, whole)["val_loss"])
+            print(f"seed {seed}, {side:9} {first[side][-1]:.4f} -> {last[side][-1]:.4f}", flush=True)
 
     found = {
         "params": {side: count(SpikingBrain(c, be).specs) for side, c in configs.items()},
         "experts": args.experts, "exact": args.exact, "steps": args.steps, "lr": dense.lr, "mismatch": differs,
-        "first": {side: float(np.mean([c[0][1] for c in curves[side]])) for side in SIDES},
-        "last": {side: float(np.mean([c[-1][1] for c in curves[side]])) for side in SIDES},
-        "last_std": {side: float(np.std([c[-1][1] for c in curves[side]])) for side in SIDES},
-        "tok_per_s": {side: float(np.median(speeds[side])) for side in SIDES},
+        "val_tokens": len(whole) - 1, "first": first,
+        **compared(last),
+        "expert_load_min": least,
+        "tok_per_s": speeds(trainers),
         "curves": curves,
     }  # fmt: skip
     (out / "upcycle.json").write_text(json.dumps(found, indent=1) + "\n")
     picture(curves, out / "upcycle.png", args.experts)
     print(json.dumps({key: value for key, value in found.items() if key != "curves"}))
     return 0
+
+
+def training(run) -> TrainSettings:
+    return TrainSettings.from_dict(checkpoint.load_config(run)["training"])
+
+
+def compared(last: dict) -> dict:
+    """The losses of both sides, seed by seed -> their means, their spread, and the same of the differences.
+
+    Spreads are standard deviations of a sample (N - 1), None for one seed.
+    """
+
+    def spread(values):
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    difference = np.subtract(last["upcycled"], last["dense"])
+    return {
+        "last": {side: {"seeds": x, "mean": float(np.mean(x)), "spread": spread(x)} for side, x in last.items()},
+        "difference": {
+            "seeds": difference.tolist(), "mean": float(difference.mean()), "spread": spread(difference),
+        },
+    }  # fmt: skip
+
+
+def speeds(trainers: dict, rounds: int = 15) -> dict:
+    """Tokens a second of both sides, medians.  Steps are taken in turn, so that a busy machine slows both.
+
+    At a learning rate of 0, and nothing is saved: the runs stay as they are.
+    """
+    seconds = {side: [] for side in trainers}
+    for _ in range(rounds):
+        for side, trainer in trainers.items():
+            began = time.perf_counter()
+            _, norm = trainer.gradients()
+            update(trainer.model.be, trainer.model.store, trainer.step, 0.0, norm, trainer.settings)
+            seconds[side].append(time.perf_counter() - began)
+    return {side: round(trainers[side].tokens_per_step / float(np.median(x)), 1) for side, x in seconds.items()}
 
 
 def trained_base(args, folder: Path, be) -> Path:
@@ -123,18 +170,31 @@ def trainable(store, be):
 
 
 def picture(curves, path, experts: int):
-    """Loss over tokens, each run thin, the mean of each side thick."""
+    """Loss over tokens beside the difference of each pair: runs thin, means thick."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=130)
-    names = {"dense": "dense, trained on", "upcycled": f"upcycled to {experts} experts + 1 shared"}
-    for side, colour in zip(SIDES, (BLUE, ORANGE), strict=True):
-        runs = np.array(curves[side])
-        for run in runs:
-            axes.plot(run[:, 0], run[:, 1], color=colour, lw=0.6, alpha=0.6)
-        axes.plot(runs[0, :, 0], runs[..., 1].mean(0), "o-", color=colour, ms=3.5, label=names[side])
-    axes.set_xlabel("tokens read since")
-    axes.set_ylabel("loss on unseen text, nats a token")
-    axes.legend(fontsize=8)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), dpi=120)
+    names = {"dense": "dense, trained on", "upcycled": f"upcycled, {experts} experts + 1 shared"}
+    runs = {side: np.array(curves[side]) for side in SIDES}  # (seeds, evaluations, 2)
+    tokens = runs["dense"][0, :, 0]
+    losses = {side: values[..., 1] for side, values in runs.items()}
+    for side, colour, marker in zip(SIDES, (BLUE, ORANGE), ("o-", "x--"), strict=True):
+        left.plot(tokens, losses[side].T, color=colour, lw=0.6, alpha=0.5)
+        left.plot(tokens, losses[side].mean(0), marker, color=colour, ms=5, label=names[side])
+    left.set_ylabel("loss on unseen text, nats a token")
+    left.legend(fontsize=8)
+    pairs = losses["upcycled"] - losses["dense"]
+    right.axhline(0, color=BLUE, lw=1)
+    right.plot(tokens, pairs.T, color=ORANGE, lw=0.6, alpha=0.5)
+    right.plot(tokens, pairs.mean(0), "x--", color=ORANGE, ms=5, label="upcycled minus dense, same seed")
+    if len(pairs) > 1:
+        spread = losses["dense"].std(0, ddof=1)
+        right.fill_between(tokens, -spread, spread, color=GREY, alpha=0.25, lw=0, label="spread of the dense seeds")
+    right.set_ylabel("difference, nats a token")
+    right.set_ylim(top=1.4 * right.get_ylim()[1])  # room for the legend
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("tokens read since the two parted")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if tokens[-1] > 1e5 else f"{x:g}")
     figure.tight_layout()
     _save(plt, figure, path)
 

@@ -171,7 +171,10 @@ class SpikingBrain:
         return self._angles[start, length]
 
     def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None, aux: float | None = None):
-        """-> normed output of the last block (B,T,C), and what backward needs.  aux: see Context."""
+        """-> normed output of the last block (B,T,C), and what backward needs, if aux says that there will be one.
+
+        aux: see Context.
+        """
         S = self.config.sinks
         memories, s_sinks = [None] * len(self.blocks), None
         if S and (state is None or state.position == 0):
@@ -184,7 +187,7 @@ class SpikingBrain:
         saved = []
         for i, block in enumerate(self.blocks):
             x, delta, _, s = block.forward(ctx, x, delta, state.layers[i] if state else None, memories[i])
-            saved.append(s if state is None else None)
+            saved.append(s if aux is not None else None)  # else freed here: a long text fits into one pass
         if state is not None:
             state.position += tokens.shape[1]
         _, h, s_norm = add_norm(self.be, x, delta, self.norm, self.config.norm_eps)

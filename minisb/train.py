@@ -32,8 +32,12 @@ from minisb.optim import LossScale, lr_at, update
 from minisb.params import ParamStore, count
 
 #: Evaluation reads the validation text from its beginning, up to this many tokens: a glance
-#: during training, and at the end enough for three digits in a few seconds.
+#: during training, and at the end enough for three digits in a few seconds (but no more than were learnt from).
 GLANCE_TOKENS, FINAL_TOKENS = 1 << 13, 1 << 18
+
+#: Tokens that evaluation reads at once, if the run's own batches are smaller: without a backward pass there is room,
+#: and experts, each with its own share of the tokens, see enough of them for their weights to be worth fetching.
+PASS_TOKENS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,8 @@ class Trainer:
     def summary(self) -> dict:
         """The run's last word, for a finished run: losses on much of the validation text."""
         c, data = self.model.config, self.data
-        val = whole_windows(data.val, c, FINAL_TOKENS)
+        read = self.step * self.tokens_per_step
+        val = whole_windows(data.val, c, min(FINAL_TOKENS, max(GLANCE_TOKENS, read)))
         found = evaluate(self.model, val)
         found["bigram_loss"] = bigram_loss(data.train, val, c.vocab)  # on the very same tokens
         to_bits = len(data.val) / data.val_bytes / math.log(2)
@@ -255,13 +260,19 @@ class Trainer:
         return {
             "params": count(self.model.specs),
             "steps": self.step,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": read,
+            "val_tokens": len(val) - 1,
             "turned": self.turned,  # the step whose weights were kept, if validation got worse after it
             "train_loss": float(np.mean(last)) if last else None,  # over the last 5 % of the steps
             **found,
             **per_byte,
             "tok_per_s": self.tokens_per_second,
         }
+
+
+def intervals(steps: int) -> dict:
+    """How often a run of so many steps looks at its validation text and saves itself, unless told."""
+    return {"eval_every": max(10, steps // 8), "checkpoint_every": max(10, steps // 5)}
 
 
 def start(
@@ -310,10 +321,11 @@ def evaluate(model: SpikingBrain, tokens) -> dict:
     """Losses in nats per token of `tokens` (N,), and what spikes leave empty.
 
     val_loss is with float activations, val_loss_spike with spikes, from the same weights.
-    sparsity: of the counts of the first batch, see window_sparsity; None if nothing spikes.
+    sparsity: of the counts of the first pass, see window_sparsity; None if nothing spikes.
     With experts also expert_load_min, see Loads.least, with float activations.
     """
     c = model.config
+    windows = max(c.batch_size, PASS_TOKENS // c.seq_len)
     slots, loads = [], Loads() if model.config.has_experts else None
 
     def tap(name, array):
@@ -323,7 +335,7 @@ def evaluate(model: SpikingBrain, tokens) -> dict:
     losses = {}
     for name, spike in (("val_loss", False), ("val_loss_spike", True)):
         total = read = 0
-        for i, (x, y) in enumerate(eval_batches(tokens, c.batch_size, c.seq_len)):
+        for i, (x, y) in enumerate(eval_batches(tokens, windows, c.seq_len)):
             x, y = model.be.xp.asarray(x), model.be.xp.asarray(y)
             total += y.size * model.loss(x, y, spike, (tap if i == 0 else None) if spike else loads)
             read += y.size

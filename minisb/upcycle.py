@@ -24,7 +24,7 @@ from minisb.errors import MinisbError
 from minisb.gradcheck import relative_rms
 from minisb.model import SpikingBrain, specs
 from minisb.params import ParamStore, count
-from minisb.train import GLANCE_TOKENS, TrainSettings, evaluate, whole_windows
+from minisb.train import GLANCE_TOKENS, TrainSettings, evaluate, intervals, whole_windows
 
 HELP = "turn the feed-forward networks of a run into mixtures of experts"
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -128,8 +128,8 @@ def begin(folder, config: Config, settings: TrainSettings, store: ParamStore, to
     tokenizer.save(folder / checkpoint.TOKENIZER)
     checkpoint.trim_log(folder, -1)
     checkpoint.save_state(folder, store, 0)
-    every = {"eval_every": max(1, config.steps // 8), "checkpoint_every": max(1, config.steps // 5)}
-    checkpoint.save_config(folder, config, asdict(replace(settings, **every)), tokenizer, data)
+    settings = replace(settings, **intervals(config.steps))
+    checkpoint.save_config(folder, config, asdict(settings), tokenizer, data)
 
 
 def text(found: dict) -> str:

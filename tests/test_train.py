@@ -235,6 +235,48 @@ def test_evaluation_is_the_mean_over_whole_windows():
     assert len(whole_windows(DATA.val, model.config, 5)) == 17
 
 
+def test_evaluation_reads_small_batches_together(monkeypatch):
+    """As many windows a pass as PASS_TOKENS holds, never fewer than the run's own batch; the losses stay."""
+    model, shapes = new_model(), []
+    tokens, original = whole_windows(DATA.val, model.config, 10 * 16), model.loss
+    monkeypatch.setattr(model, "loss", lambda x, *rest: shapes.append(x.shape) or original(x, *rest))
+    found = {}
+    for budget in (5, 70, 10**6):
+        monkeypatch.setattr(train, "PASS_TOKENS", budget)
+        found[budget] = evaluate(model, tokens)
+    one_by_two, by_four, whole = 2 * [(2, 16)] * 5, 2 * [(4, 16), (4, 16), (2, 16)], 2 * [(10, 16)]
+    assert shapes == one_by_two + by_four + whole
+    for name in ("val_loss", "val_loss_spike"):
+        assert found[5][name] == pytest.approx(found[70][name], rel=1e-6) == pytest.approx(found[10**6][name], rel=1e-6)
+
+
+def test_a_pass_without_backward_keeps_nothing_for_it():
+    model, x = new_model(), batch(DATA.val, 2, 16, 0, 0)[0]
+    kept, _, _ = model._forward(x, False)[1]
+    assert kept == [None] * CONFIG.layers
+    kept, _, _ = model._forward(x, False, aux=1.0)[1]
+    assert all(kept)
+
+
+def test_a_short_run_is_judged_on_no_more_than_it_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "GLANCE_TOKENS", 48)
+    trainer = begin(tmp_path, replace(CONFIG, steps=4))
+    assert trainer.run()
+    result = trainer.summary()
+    assert result["val_tokens"] == result["tokens"] == 4 * 32 < len(DATA.val) - 16
+    assert result["val_loss"] == pytest.approx(evaluate(trainer.model, DATA.val[:129])["val_loss"], rel=1e-6)
+    trainer.step = 1
+    assert trainer.summary()["val_tokens"] == 48  # but on a glance at least
+    monkeypatch.setattr(train, "FINAL_TOKENS", 64)
+    trainer.step = 4
+    assert trainer.summary()["val_tokens"] == 64
+
+
+def test_short_runs_look_seldom():
+    assert train.intervals(3) == train.intervals(50) == {"eval_every": 10, "checkpoint_every": 10}
+    assert train.intervals(2200) == {"eval_every": 275, "checkpoint_every": 440}
+
+
 def test_without_spikes_there_is_no_sparsity():
     found = evaluate(new_model(replace(CONFIG, spike=())), DATA.val)
     assert found["sparsity"] is None and found["val_loss_spike"] == found["val_loss"]

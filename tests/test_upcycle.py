@@ -1,9 +1,11 @@
 """Upcycling: copies that add up to the dense network, the command, and a run that goes on."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,10 @@ from minisb.gradcheck import relative_rms
 from minisb.model import SpikingBrain, specs
 from minisb.params import ParamStore
 from minisb.upcycle import mismatch, scales, upcycled_config, upcycled_store
+
+found = importlib.util.spec_from_file_location("upcycle_bench", Path(__file__).parents[1] / "bench" / "upcycle.py")
+bench = importlib.util.module_from_spec(found)
+found.loader.exec_module(bench)
 
 TINY = replace(tiny_run.Tiny(), vocab=61)
 
@@ -97,8 +103,13 @@ def test_the_command_makes_a_run_that_goes_on(tmp_path, capsys):
     found = json.loads(out.splitlines()[-1])
     assert "differs from the dense one's by" in out and f"--resume {tmp_path / 'moe'}" in out
     assert found["val_loss_upcycled"] == pytest.approx(found["val_loss"], rel=0.01)
+    assert f"differs from the dense one's by {np.mean(found['mismatch']):.2%}" in out
     with pytest.raises(MinisbError, match="already holds a run"):
         main(arguments)
+    assert main([*arguments[:5], str(tmp_path / "exact"), "--exact"]) == 0
+    exact = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert exact["scale"]["gate_proj"] == 1 != found["scale"]["gate_proj"]
+    assert max(exact["mismatch"]) < min(found["mismatch"]) and len(exact["mismatch"]) == 2
 
     result = train("--resume", str(tmp_path / "moe"))
     assert result["steps"] == 12 and result["params"] == found["params_upcycled"]
@@ -108,3 +119,37 @@ def test_the_command_makes_a_run_that_goes_on(tmp_path, capsys):
     assert 0 < log[-1]["router_entropy"] <= np.log(4) + 1e-6 and log[-1]["dropped"] == 0
     with pytest.raises(MinisbError, match="experts already"):
         main(["upcycle", str(tmp_path / "moe"), "--experts", "4", "--out", str(tmp_path / "again")])
+
+
+# --- bench/upcycle.py
+
+
+def test_pairs_are_compared_pair_by_pair():
+    found = bench.compared({"dense": [4.0, 4.2, 4.4], "upcycled": [3.9, 4.1, 4.3]})
+    assert found["last"]["dense"]["mean"] == pytest.approx(4.2)
+    assert [found["last"][side]["spread"] for side in bench.SIDES] == pytest.approx([0.2, 0.2])
+    assert found["difference"]["mean"] == pytest.approx(-0.1)
+    assert found["difference"]["spread"] == pytest.approx(0, abs=1e-9)
+    assert bench.compared({"dense": [4.0], "upcycled": [3.9]})["difference"]["spread"] is None
+
+
+def test_the_experiment_runs_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    text, out = tiny_run.write_text(tmp_path / "text"), tmp_path / "out"
+    arguments = ["--preset", "tiny", "--data", str(text), "--base-steps", "20", "--steps", "4", "--seeds", "2"]
+    arguments += ["--experts", "4", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(bench, "PRESETS", ("tiny",))
+    assert bench.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["first"]["upcycled"] == pytest.approx(found["first"]["dense"], rel=0.01)
+    assert found["first"]["dense"][0] == found["first"]["dense"][1] > found["last"]["dense"]["mean"]
+    assert found["last"]["dense"]["seeds"][0] != found["last"]["dense"]["seeds"][1]
+    assert len(found["mismatch"]) == len(found["expert_load_min"]) == 2
+    stored = json.loads((out / "upcycle.json").read_text())
+    assert [len(stored["curves"][side]) for side in bench.SIDES] == [2, 2]
+    assert (out / "upcycle.png").read_bytes().startswith(b"\x89PNG")
+
+    assert bench.main(arguments) == 0  # nothing is trained again, and timing has changed no weight
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {**again, "tok_per_s": 0} == {**found, "tok_per_s": 0}
