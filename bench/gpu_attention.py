@@ -1,12 +1,12 @@
 """Softmax attention on tensor cores on one GPU in bfloat16, forward and backward, and variants of each kernel.
 
-    python bench/gpu_attention.py --shape train long [--variants] [--peer]
+    python bench/gpu_attention.py --shape train long [--variants] [--hopper] [--peer]
 
 train: B 32, T 1024, H 12, G 4, D 64, window 256.  long: B 1, T 32768, H 28, G 4, D 128, window 4096 (the 7B).
 Median of 20 with a cold cache.  TFLOP/s count what the visible pairs need: 4 D a pair forward, 10 D backward (the
 kernels do 14 D); the share is of a bfloat16 product of 8192 x 8192 x 8192 on this GPU.  A variant is another
 instantiation of a kernel, compiled from an edited source, under other tilings; one whose results differ from the
-default's is marked WRONG.  --peer: PyTorch's compiled flex_attention in the same process.
+default's is marked WRONG.  --hopper: the kernels for Hopper's warpgroups and their variants.  --peer: PyTorch's compiled flex_attention in the same process.
 """
 
 from __future__ import annotations
@@ -170,6 +170,52 @@ def variants(problem, name, peak, found):
     getattr(problem, name)()
 
 
+def hopper(problem, peak, found):
+    """Each kernel as it is and in its variants, against the result of mma's; those before this left theirs behind."""
+    be, D = problem.be, problem.shape[4]
+    folder = Path(tempfile.mkdtemp())
+    options = (*kernels.OPTIONS, f"--gpu-architecture={be.device.target}", "-DREAL_bfloat16")
+
+    def build(task):
+        (name, _), arguments = task
+        template = ", ".join(map(str, (D, *arguments)))
+        text, edits = re.subn(rf" {name}<{D},[^>]*>", f" {name}<{template}>", kernels.assembled(HOPPER))
+        assert edits == 1
+        path = folder / f"{name}-{'-'.join(map(str, arguments))}.cubin"
+        path.write_bytes(be.device.compiler.compile(text, f"{HOPPER}.cu", options)[0])
+        return path
+
+    tasks = [
+        (kernel, arguments) for kernel in HOPPER_VARIANTS if kernel[1] == D for arguments in HOPPER_VARIANTS[kernel]
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(build, tasks))
+    for (kernel, arguments), path in zip(tasks, built, strict=True):
+        name = kernel[0]
+        key = f"{HOPPER}_{name}_{D}", BFLOAT16
+        twins.HOPPER = False
+        getattr(problem, name)()
+        expected = [x.copy() for x in problem.results(name)]
+        twins.HOPPER = True
+        if key not in be.device._ready:
+            be.device._prepare(*key)
+        usual = be.device._ready[key], twins.HOPPER_TILES[D]
+        be.device._ready[key] = cupy.RawModule(path=str(path)).get_function(key[0]), usual[0][1]
+        twins.HOPPER_TILES[D] = arguments[:2]
+        for x in problem.results(name):
+            x.view("uint16").fill(0x7FC0)  # NaN
+        label = f"hopper {name} {' '.join(map(str, arguments))}"
+        try:
+            ms = milliseconds(getattr(problem, name))
+            right = "" if agree(problem.results(name), expected) else "  WRONG"
+            rate = problem.needed[name] / ms / 1e9
+            print(f"{label}: {ms:.3f} ms, {rate:.0f} TFLOP/s, {rate / peak:.0%} of the product{right}", flush=True)
+            found[label] = {"ms": ms, "tflops": rate, "right": not right}
+        finally:
+            be.device._ready[key], twins.HOPPER_TILES[D] = usual
+            twins.HOPPER = False
+
+
 def ours(problem, peak, found):
     total = 0
     for name in problem.needed:
@@ -216,6 +262,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--variants", action="store_true", help="time other instantiations and tilings of each kernel")
+    parser.add_argument("--hopper", action="store_true", help="time the kernels for Hopper and variants of them")
     parser.add_argument("--peer", action="store_true", help="time PyTorch's flex_attention too")
     args = parser.parse_args()
     be, why = choose("cuda")
@@ -227,6 +274,8 @@ def main():
         problem = Problem(be, *SHAPES[shape])
         print(f"{shape}: " + " ".join(f"{n} {x}" for n, x in zip("BTHGDW", problem.shape, strict=True)))
         ours(problem, peak, found)
+        if args.hopper:
+            hopper(problem, peak, found)
         if args.variants:
             for name in problem.needed:
                 variants(problem, name, peak, found)

@@ -28,7 +28,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 COMMON, TENSOR_CORES = "common.cuh", "tensor_cores.cuh"
 OPTIONS = ("--std=c++17", "-lineinfo")
 INCLUDE = r'^#include "(\w+\.cuh)"$'
-KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\s*\(([^)]*)\)'
+KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\([\d, ]+\)\s+)?(\w+)\s*\(([^)]*)\)'
 JOBS = 8  # files compiled at once, at most
 
 

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <ucontext.h>
 #include <vector>
 
@@ -114,14 +115,15 @@ struct Group {
 
 static std::deque<Fiber> fibers;  // a deque: fibers must not move
 static std::vector<Group> warps;
-static Group block;
+static Group block, named[16];
 static ucontext_t unused;
 static jmp_buf scheduler;
 static int current;
 static void (*body)(void**);
 static void** arguments;
 static bool backwards;
-alignas(128) static char shared[1 << 18];  // dynamic shared memory
+alignas(1024) static char shared[1 << 18];  // dynamic shared memory
+static long moves;  // how often a thread has arrived anywhere
 
 inline int number() { return current; }
 inline Group& warp() { return warps[current / 32]; }
@@ -142,6 +144,7 @@ inline void resume(Fiber& fiber)
 inline void wait(Group& group)
 {
     const int round = group.round;
+    moves++;
     if (++group.arrived == group.members) group.open();
     while (group.round == round) yield();
 }
@@ -172,6 +175,7 @@ inline void run_block()
 {
     const int count = blockDim.x * blockDim.y * blockDim.z;
     while ((int)fibers.size() < count) add_fiber();
+    for (Group& group : named) group = Group();
     block = Group();
     block.members = count;
     warps.assign((count + 31) / 32, Group());
@@ -181,18 +185,16 @@ inline void run_block()
         fibers[i].done = false;
     }
     for (int left = count; left > 0;) {
-        const int before = left, rounds = block.round;
-        int moved = 0;
+        const int before = left;
+        const long moved = moves;
         for (int n = 0; n < count; n++) {
             current = backwards ? count - 1 - n : n;
             if (fibers[current].done) continue;
             threadIdx = fibers[current].index;
-            const int arrived = block.arrived + warp().arrived + warp().round;
             resume(fibers[current]);
-            moved += arrived != block.arrived + warp().arrived + warp().round;
             left -= fibers[current].done;
         }
-        if (before == left && !moved && rounds == block.round) {
+        if (before == left && moved == moves) {
             std::fprintf(stderr, "emulator: the threads of a block wait for each other for ever\n");
             std::abort();
         }
@@ -342,6 +344,149 @@ inline void copy_async(void* to, const void* from, bool there)
 inline void copies_issued() {}
 template <int last = 0>
 void copies_arrived()
+{
+}
+
+// --- Hopper: the same names as in cuda/hopper.cuh ----------------------------------------------------------
+
+inline unsigned shared_address(const void* p) { return (const char*)p - emulator::shared; }
+
+namespace emulator {
+
+// Products run when they are waited for, as late as they may: who reads results or frees operands too early is found out.
+struct Products {
+    std::vector<std::function<void()>> open;
+    std::deque<std::vector<std::function<void()>>> issued;
+};
+static Products products_of[1024];
+
+// One number of an operand in shared memory.  `by_k`: rows of 16 channels, which are summed over, else 16 rows of
+// channels.  Which of the four warps' sixty-four rows, or which column: n.
+inline float operand(unsigned long long described, bool by_k, int n, int k)
+{
+    const int start = (described & 0x3fff) << 4, leading = (described >> 16 & 0x3fff) << 4;
+    const int stride = (described >> 32 & 0x3fff) << 4;
+    if (described >> 62 != 1) std::abort();  // the only permutation that we use
+    const int at = by_k ? start + n / 8 * stride + n % 8 * 128 + 2 * k
+                        : start + n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128;
+    unsigned short bits;
+    std::memcpy(&bits, shared + (at ^ (at >> 7 & 7) << 4), 2);
+    return widened(bits);
+}
+
+template <int TILES, typename function>
+void add_products(float (&sum)[TILES][4], const float (&a)[2][16], function b)
+{
+    for (int j = 0; j < TILES; j++)
+        for (int i = 0; i < 2; i++)
+            for (int k = 0; k < 16; k++) {
+                const float x = b(8 * j + number() % 4 * 2 + i, k);
+                sum[j][i] += a[0][k] * x;
+                sum[j][2 + i] += a[1][k] * x;
+            }
+}
+
+}  // namespace emulator
+
+template <int TILES>
+void hold(float (&)[TILES][4])
+{
+}
+inline void order() {}
+inline void show_products() {}
+inline void issued()
+{
+    auto& mine = emulator::products_of[emulator::number()];
+    mine.issued.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+
+template <int last = 0>
+void finished()
+{
+    auto& mine = emulator::products_of[emulator::number()];
+    __syncwarp();  // all lanes come here together, and go on together
+    for (; (int)mine.issued.size() > last; mine.issued.pop_front())
+        for (auto& product : mine.issued.front()) product();
+    __syncwarp();
+}
+
+template <int TILES>
+void products(float (&sum)[TILES][4], unsigned long long a, unsigned long long b, bool add)
+{
+    emulator::products_of[emulator::number()].open.push_back([&sum, a, b, add] {
+        const int row = emulator::number() % 128 / 32 * 16 + emulator::number() % 32 / 4;
+        float left[2][16];
+        for (int i = 0; i < 2; i++)
+            for (int k = 0; k < 16; k++) left[i][k] = emulator::operand(a, true, row + 8 * i, k);
+        if (!add) std::memset(sum, 0, sizeof sum);
+        emulator::add_products(sum, left, [b](int n, int k) { return emulator::operand(b, true, n, k); });
+    });
+}
+
+template <int TILES>
+void products(float (&sum)[TILES][4], const unsigned (&a)[4], unsigned long long b)
+{
+    emulator::products_of[emulator::number()].open.push_back([&sum, &a, b] {
+        struct Operand {
+            unsigned a[4];
+        };
+        auto operands = emulator::exchange(Operand{{a[0], a[1], a[2], a[3]}});
+        float left[2][16];
+        for (int i = 0; i < 2; i++)
+            for (int k = 0; k < 16; k += 2) {
+                const float2 x = unpack(operands(emulator::number() % 32 / 4 * 4 + k % 8 / 2).a[i + k / 8 * 2]);
+                left[i][k] = x.x;
+                left[i][k + 1] = x.y;
+            }
+        emulator::add_products(sum, left, [b](int n, int k) { return emulator::operand(b, false, n, k); });
+    });
+}
+
+namespace emulator {
+struct Barrier {
+    short count, pending;
+    int phase;
+};
+}  // namespace emulator
+
+inline void barrier_begin(unsigned long long* barrier, int count)
+{
+    *(emulator::Barrier*)barrier = {(short)count, (short)count, 0};
+}
+inline void barrier_arrive(unsigned long long* barrier)
+{
+    auto& b = *(emulator::Barrier*)barrier;
+    emulator::moves++;
+    if (--b.pending == 0) {
+        b.pending = b.count;
+        b.phase++;
+    }
+}
+inline void barrier_wait(unsigned long long* barrier, int parity)
+{
+    while ((((emulator::Barrier*)barrier)->phase & 1) == parity) emulator::yield();
+}
+
+inline void turn_wait(int name, int threads)
+{
+    emulator::named[name].members = threads;
+    emulator::wait(emulator::named[name]);
+}
+inline void turn_pass(int name, int threads)
+{
+    emulator::Group& group = emulator::named[name];
+    group.members = threads;
+    emulator::moves++;
+    if (++group.arrived == threads) group.open();
+}
+
+template <int count>
+void fewer_registers()
+{
+}
+template <int count>
+void more_registers()
 {
 }
 #endif

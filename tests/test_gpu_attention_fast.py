@@ -3,10 +3,14 @@
 The limit is twice the error of `rounded`, the reference rounded where the kernel rounds.
 """
 
+import subprocess
+
+import emulator
 import numpy as np
 import pytest
 from emulator import here, there
 
+from minisb import kernels
 from minisb.backend import Backend
 from minisb.launchers import attention as twins
 from minisb.ops.attention import attention_backward, attention_forward
@@ -61,6 +65,15 @@ def launched(monkeypatch, cuda):
     return names
 
 
+@pytest.fixture(params=[False, True], ids=["mma", "wgmma"])
+def hopper(request, monkeypatch, cuda):
+    """Whether the kernels of attention_hopper.cu are taken."""
+    if request.param and cuda.device.target != "sm_90a":
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setattr(twins, "HOPPER", request.param)
+    return request.param
+
+
 def draw(case, dtype, seed=0):
     B, T, S, H, G, D, _ = case
     rng = np.random.default_rng([seed, T, S])
@@ -101,7 +114,7 @@ def distance(x, exact) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_attention_on_tensor_cores(poisoned, launched, element, case):
+def test_attention_on_tensor_cores(poisoned, launched, hopper, element, case):
     dtype, window = half(element), case[-1]
     if poisoned.device.xp is np and case[1] > 500:
         pytest.skip("takes minutes in emulation")
@@ -118,7 +131,8 @@ def test_attention_on_tensor_cores(poisoned, launched, element, case):
 
     found, lse = both()
     again, _ = both()
-    assert sum(name.startswith("attention_fast") for name in launched) == 6 == len(launched)
+    assert all(name.startswith(("attention_fast", "attention_hopper")) for name in launched) and len(launched) == 6
+    assert any("hopper" in name for name in launched) == hopper
     assert np.abs(lse - saved[4]).max() < 1e-5 * max(1, np.abs(saved[4]).max())
     for name, want in exact.items():
         assert here(found[name]).dtype == dtype
@@ -146,14 +160,15 @@ def test_what_is_saved_fits_the_plain_kernels(cuda, launched, monkeypatch, first
 
 
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_large_scores_and_a_maximum_that_climbs(cuda, element):
+def test_large_scores_and_a_maximum_that_climbs(cuda, hopper, element):
     """Each key is larger than the one before it, so that the softmax's shift must follow; scores reach hundreds."""
     dtype = half(element)
-    q, k, v, _ = draw((1, 130, 130, 1, 1, 64, 130), dtype)
+    T = 300  # three tiles of the Hopper kernel
+    q, k, v, _ = draw((1, T, T, 1, 1, 64, T), dtype)
     q = np.abs(q)
-    k = (np.abs(k).astype(np.float32) * np.linspace(-20, 20, 130, dtype=np.float32)[None, :, None, None]).astype(dtype)
-    exact, saved = attention_forward(Backend(), *(x.astype(np.float64) for x in (q, k, v)), 130)
-    o, kept = attention_forward(cuda, *there(cuda, [q, k, v]), 130)
+    k = (np.abs(k).astype(np.float32) * np.linspace(-20, 20, T, dtype=np.float32)[None, :, None, None]).astype(dtype)
+    exact, saved = attention_forward(Backend(), *(x.astype(np.float64) for x in (q, k, v)), T)
+    o, kept = attention_forward(cuda, *there(cuda, [q, k, v]), T)
     assert np.abs(saved[4]).max() > 100
     assert distance(o, exact) < (4e-3 if element == "bfloat16" else 1e-3)
     assert np.abs(here(kept[4]) - saved[4]).max() < 1e-5 * np.abs(saved[4]).max()
@@ -182,3 +197,29 @@ def test_how_warps_are_shared_out():
             assert R % heads == 0 and tiles * tiling.rows % twins.STAGE == 0, (name, D, R)
             assert heads * tiles <= max(tiling.warps, twins.STAGE // tiling.rows)
     assert twins.Tiling(32, 6, 3).queries(3) == (3, 2) and twins.Tiling(32, 8, 2).queries(7) == (1, 8)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_block_takes_tile_after_tile(poisoned, monkeypatch, blocks):
+    """Stages and barriers go on from one tile to the next; tiles have one to four tiles of keys."""
+    if poisoned.device.target != "sm_90a":
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setattr(twins, "HOPPER", True)
+    q, k, v, _ = there(poisoned, draw((2, 350, 350, 2, 1, 64, 333), np.dtype("float16")))
+    o, saved = attention_forward(poisoned, q, k, v, 333)
+    monkeypatch.setattr(twins, "MULTIPROCESSORS", blocks)
+    again, kept = attention_forward(poisoned, q, k, v, 333)
+    assert (here(o) == here(again)).all() and (here(saved[4]) == here(kept[4])).all()
+
+
+def test_the_launcher_asks_for_the_shared_memory_that_the_hopper_kernels_lay_out():
+    if emulator.COMPILER is None:
+        pytest.skip(emulator.NO_COMPILER)
+    text = f'#include "{emulator.HEADER}"\n{kernels.assembled("attention_hopper")}\n'
+    for D, tile in twins.HOPPER_TILES.items():
+        keys, stages = tile
+        text += f"static_assert(Memory<{D}, {keys}, {stages}>::BYTES == {twins._hopper_bytes(D)});\n"
+        assert f"forward<{D}, {keys}, {stages}, " in text
+    command = [emulator.COMPILER, *emulator.FLAGS, "-DREAL_bfloat16", "-fsyntax-only", "-"]
+    done = subprocess.run(command, input=text, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[:500]

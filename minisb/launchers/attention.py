@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from minisb.launchers.grid import LARGEST_HEAD, WARPS, contiguous, tensor_cores, warp_a_row, wide_type
+from minisb.launchers.grid import (
+    LARGEST_HEAD,
+    MULTIPROCESSORS,
+    WARPS,
+    contiguous,
+    tensor_cores,
+    warp_a_row,
+    wide_type,
+)
 from minisb.ops import attention
 
 STAGE = 64  # rows of the other side that a block brings at once (STAGE in cuda/attention_fast.cu)
@@ -28,6 +36,9 @@ class Tiling:
             tiles *= 2
         return heads, tiles
 
+
+#: Whether a Hopper GPU takes cuda/attention_hopper.cu, where there is a kernel of it.
+HOPPER = False
 
 #: By kernel and head size; bench/gpu_attention.py times others.
 TILINGS = {
@@ -119,6 +130,8 @@ def _rows(D: int, count: int) -> int:
 
 
 def _forward_fast(be, q, k, v, o, lse, window, scale):
+    if _hopper(be, q.shape[3]):
+        return _forward_hopper(be, q, k, v, o, lse, window, scale)
     T, S, H, G, D, window = _sizes(q, k, window)
     tiling, shared = TILINGS["forward", D], _stages(D)
     heads, tiles = tiling.queries(H // G)
@@ -154,6 +167,31 @@ def _backward_kv_fast(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
     grid, sizes = (-(-S // (tiling.warps * tiling.rows)), q.shape[0] * G), (T, S, H, G, window, scale)
     arrays = do, q, k, v, lse2, delta, dk, dv
     be.launch(BACKWARD_KV[D], q, grid, 32 * tiling.warps, *arrays, *sizes, shared=_stages(D))
+
+
+# --- on Hopper's warpgroups
+
+HOPPER_FORWARD = {64: "attention_hopper_forward_64", 128: "attention_hopper_forward_128"}
+TILE_ROWS = 128  # queries of a block, of all heads of a group
+HOPPER_TILES = {64: (128, 2), 128: (128, 2)}  # by head size: keys of a tile, and stages (KEYS, STAGES in the source)
+
+
+def _hopper(be, D: int) -> bool:
+    return HOPPER and be.device.target == "sm_90a" and _hopper_bytes(D) <= be.device.shared_bytes
+
+
+def _hopper_bytes(D: int) -> int:
+    """Memory in cuda/attention_hopper.cu: from a multiple of 1024 on, queries, keys and values, barriers."""
+    keys, stages = HOPPER_TILES[D]
+    return 1024 + 2 * D * (TILE_ROWS + 2 * stages * keys) + 8 * (2 + 4 * stages)
+
+
+def _forward_hopper(be, q, k, v, o, lse, window, scale):
+    T, S, H, G, D, window = _sizes(q, k, window)
+    tiles = q.shape[0] * G * -(-T * (H // G) // TILE_ROWS)
+    sizes = T, S, H, G, window, scale * math.log2(math.e), tiles
+    blocks = min(tiles, MULTIPROCESSORS)
+    be.launch(HOPPER_FORWARD[D], q, blocks, 384, q, k, v, o, lse, *sizes, shared=_hopper_bytes(D))
 
 
 TWINS = {"attention": (attention_forward, attention_backward, attention_step)}
