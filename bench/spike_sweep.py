@@ -2,7 +2,7 @@
 
     python bench/spike_sweep.py --out sweep                    # nano: a quarter of an hour or more on 2 cores
     python bench/spike_sweep.py --out sweep                    # again: finished branches are skipped
-    python bench/spike_sweep.py --seeds 0 1 2 --device cuda    # the mean of three runs, minutes on a GPU (in float32)
+    python bench/spike_sweep.py --seeds 0 1 2 --k 0.5 --out sweep3       # one threshold, the mean of three seeds
 
 All branches read the same batches at the same learning rates.  "untrained" switches spikes on in the float
 twin, "trained" has trained the last fifth of the steps with them.  Two broken backwards show what the
@@ -71,8 +71,8 @@ def break_backward(be, kind: str) -> dict:
 class Sweep:
     """The experiment in a folder: float_phase/ and float_twin/ are runs, NAME.json is a finished branch."""
 
-    def __init__(self, folder: Path, config, settings: TrainSettings, tokenizer, data, device, threads):
-        self.folder, self.config, self.settings = folder, config, settings
+    def __init__(self, folder: Path, config, settings: TrainSettings, tokenizer, data, ks, device, threads):
+        self.folder, self.config, self.settings, self.ks = folder, config, settings, ks
         self.machine = device, "all", threads
         self.tokenizer, self.data = tokenizer, data
         self.branch_at = round(SPIKE_FROM * config.steps)
@@ -93,15 +93,15 @@ class Sweep:
     def run(self) -> dict:
         """Every branch that is not there yet -> the result."""
         steps = self.config.steps - self.branch_at
-        names = ["float", *map(_name, KS), *BROKEN]
+        names = ["float", *map(_name, self.ks), *BROKEN]
         missing = sum(not self._path(name).exists() for name in names)
         total = missing * steps + (not (self.folder / "float_phase").exists()) * self.branch_at
         with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True) as self.bar:
             self._float_phase()
             float_loss = self._branch("float", None)["loss"]
-            rows = [self._branch(_name(k), k) for k in KS]
+            rows = [self._branch(_name(k), k) for k in self.ks]
             broken = [self._branch(kind, BROKEN_K, kind) for kind in BROKEN]
-            k = _crossing([r["sparsity"] for r in rows], KS, REPORT_SPARSITY)
+            k = _crossing([r["sparsity"] for r in rows], self.ks, REPORT_SPARSITY)
             if k is not None:
                 self.bar.total += steps * (not self._path(_name(k)).exists())
             target = self._branch(_name(k), k) if k is not None else None
@@ -263,6 +263,7 @@ def main(argv) -> int:
     parser.add_argument("--data", default="stdlib", help="stdlib, or a text file or folder (default: stdlib)")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="several: a sweep each, and their mean")
+    parser.add_argument("--k", type=float, nargs="+", default=KS, help="thresholds to try (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
@@ -273,7 +274,8 @@ def main(argv) -> int:
     for seed in args.seeds:
         settings = TrainSettings(data=args.data, seed=seed, spike_from=SPIKE_FROM)
         folder = args.out if len(args.seeds) == 1 else args.out / f"seed-{seed}"
-        results.append(Sweep(folder, config, settings, tokenizer, data, args.device, args.threads).run())
+        sweep = Sweep(folder, config, settings, tokenizer, data, args.k, args.device, args.threads)
+        results.append(sweep.run())
     result = {**mean(results), "seeds": args.seeds}
     print(table(result))
     print(json.dumps(result))
