@@ -141,7 +141,8 @@ def test_loss_that_is_not_a_number(fails, home, monkeypatch):
         return original(self, *args) if len(calls) < 4 else math.nan
 
     monkeypatch.setattr(SpikingBrain, "loss_and_backward", breaks)
-    fails([*TINY, "--out", "nan", "--checkpoint-every", "2"], "the loss became nan", "--lr", "of step 2")
+    every = ["--checkpoint-every", "2", "--eval-every", "1"]
+    fails([*TINY, "--out", "nan", *every], "the loss became nan", "--lr", "of step 2")
     assert checkpoint.read_log("nan")[-1]["step"] == 3
 
 
