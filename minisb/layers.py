@@ -17,6 +17,7 @@ from typing import Any
 from minisb.config import Config
 from minisb.ops.attention import attention_backward, attention_forward, attention_step
 from minisb.ops.decode import decode_attention, decode_ffn, decode_gla
+from minisb.ops.ffn import ffn_backward, ffn_forward
 from minisb.ops.gate import log_gate_backward, log_gate_forward
 from minisb.ops.gla import gla_backward, gla_forward, gla_step
 from minisb.ops.heads import (
@@ -358,7 +359,7 @@ class SwiGLU:
     def __init__(self, c: Config, store: ParamStore, prefix: str):
         self.inputs = projections(store, prefix, {"gate": "gate_proj.weight", "up": "up_proj.weight"})
         self.output = projections(store, prefix, {"down": "down_proj.weight"})
-        self.decodes = isinstance(self.inputs, QuantizedProjections)
+        self.decodes = self.int8 = isinstance(self.inputs, QuantizedProjections)
 
     def decode(self, ctx: Context, x, delta, norm, eps):
         """As GatedLinearAttention.decode."""
@@ -366,6 +367,9 @@ class SwiGLU:
 
     def forward(self, ctx: Context, x):
         """x (B,T,C) -> y (B,T,C)."""
+        if self._joined(ctx):
+            y, saved = ffn_forward(ctx.be, x, self.inputs.w, self.output.w)
+            return y, (None, saved, None)
         gate_up, s_in = self.inputs.forward(ctx, x)
         h, s_swiglu = swiglu_forward(ctx.be, gate_up)
         y, s_out = self.output.forward(ctx, h)
@@ -374,8 +378,15 @@ class SwiGLU:
     def backward(self, be, dy, saved):
         """dy (B,T,C) -> dx (B,T,C)."""
         s_in, s_swiglu, s_out = saved
+        if s_in is None:
+            return ffn_backward(be, dy, s_swiglu, self.inputs.w, self.output.w, self.inputs.dw, self.output.dw)
         dh = self.output.backward(be, dy, s_out)
         return self.inputs.backward(be, swiglu_backward(be, dh, s_swiglu), s_in)
+
+    def _joined(self, ctx: Context) -> bool:
+        """Can both products be one operation?  Spikes and the tap want what lies between."""
+        names = {*self.inputs.rows, *self.output.rows}
+        return not (self.int8 or ctx.tap or names & ctx.spikes[self.inputs.layer])
 
 
 _QKV = {"q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight"}

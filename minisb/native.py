@@ -12,7 +12,7 @@ from minisb.errors import MinisbError
 
 #: One module per operation; each has a table TWINS of operation name -> function.
 MODULES = (
-    "linear", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw", "gate",
+    "linear", "ffn", "spike", "norm", "rope", "heads", "swiglu", "cross_entropy", "gla", "attention", "adamw", "gate",
     "embedding", "w8aspike", "moe", "sinks", "decode",
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minisb.ops import attention, cross_entropy, embedding, gate, gla, heads, linear, norm, rope, swiglu
+from minisb.ops import attention, cross_entropy, embedding, ffn, gate, gla, heads, linear, norm, rope, swiglu
 
 
 @dataclass
@@ -120,6 +120,24 @@ def swi(F):
     return Case(f"swiglu-{F}", ("swiglu_forward", "swiglu_backward"), inputs, forward, backward)
 
 
+def feed_forward(C, F):
+    """Wide enough that the native does not leave it to the reference."""
+
+    def forward(be, x):
+        y, saved = ffn.ffn_forward(be, x["x"], x["w_in"], x["w_out"])
+        return {"y": y}, saved
+
+    def backward(be, d, saved, x, grads):
+        weights = x["w_in"], x["w_out"], grads["w_in"], grads["w_out"]
+        return {"x": ffn.ffn_backward(be, d["y"], saved, *weights)}
+
+    def inputs(rng, T):
+        return {"x": normal(rng, 2, T, C), "w_in": normal(rng, 2 * F, C), "w_out": normal(rng, C, F) / F}
+
+    names = ("ffn_forward", "ffn_backward")
+    return Case(f"ffn-{C}-{F}", names, inputs, forward, backward, ("w_in", "w_out"), local=False)
+
+
 def log_gate(N):
     def forward(be, x):
         log_g, saved = gate.log_gate_forward(be, x["z"], 16.0)
@@ -144,7 +162,7 @@ def project(n_in, n_out, biased):
     def inputs(rng, T):
         return {"x": normal(rng, 2, T, n_in), "w": normal(rng, n_out, n_in), "b": normal(rng, biased)}
 
-    return Case(f"linear-{n_in}-{n_out}", ("linear",), inputs, forward, backward, ("w", "b"), local=False)
+    return Case(f"linear-{n_in}-{n_out}", ("linear_forward",), inputs, forward, backward, ("w", "b"), local=False)
 
 
 def embed(V, C):
@@ -226,7 +244,8 @@ def linear_attend(H, G, D, strongest=-5.0):
 CASES = [
     rmsnorm(7), rmsnorm(33), add_rmsnorm(7), add_rmsnorm(33),
     relu_heads(6, 2, 5), relu_heads(3, 3, 6), rotary(6, 2, 6), rotary(3, 3, 10),
-    swi(7), swi(33), log_gate(7), log_gate(33), project(7, 33, 7), project(33, 11, 5), embed(11, 7), embed(5, 40),
+    swi(7), swi(33), feed_forward(40, 55), log_gate(7), log_gate(33), project(7, 33, 7), project(33, 11, 5),
+    embed(11, 7), embed(5, 40),
     loss(11), loss(33),
     attend(6, 2, 6, 5), attend(3, 3, 5, 64), attend(6, 2, 16, 1000),
     attend(4, 1, 6, 5, past=9), attend(3, 3, 6, 1000, past=70),

@@ -139,6 +139,23 @@ def test_the_tap_sees_counts(be):
     assert any(".gk." in name for name in seen)
 
 
+def test_the_tap_sees_every_input_and_changes_nothing(be):
+    """Without a tap the feed-forward is one operation, here wide enough for its native."""
+    config, seen = replace(TINY, width=48, ffn=64, layers=2, mixers=("gla", "window")), {}
+    tokens = np.random.default_rng(0).integers(0, config.vocab, (2, 65))
+    losses, gradients = [], []
+    for tap in (None, lambda name, x: seen.update({name: x.shape[-1]})):
+        model = model_of(config, be, np.float64)
+        losses.append(model.loss_and_backward(tokens[:, :-1], tokens[:, 1:], tap=tap))
+        gradients.append(model.store.flat_g)
+    assert {name: n for name, n in seen.items() if ".1." in name} == {
+        "layers.1.attn.q+k+v.input": 48, "layers.1.attn.o.input": 12,
+        "layers.1.mlp.gate+up.input": 48, "layers.1.mlp.down.input": 64,
+    }  # fmt: skip
+    assert abs(losses[0] - losses[1]) < 1e-13
+    np.testing.assert_allclose(*gradients, rtol=1e-12, atol=1e-15)
+
+
 def test_loss_is_the_mean_over_counted_targets(be):
     model, (tokens, targets) = model_of(TINY, be), batch(TINY)
     logits = model.forward(tokens).astype(np.float64)

@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 
-from cython.parallel cimport prange
+from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 
 from minisb import blas
@@ -26,8 +26,19 @@ cdef int64_t SLICE = 256   # rows of a slice, about
 cdef int64_t MOST = 16     # slices at most: each one packs the other matrix again
 
 
-def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False):
-    """op(a) @ op(b), see Backend.gemm.  Last axes must be contiguous, as NumPy makes them."""
+def linear_forward(be, x, w, b=None, out=None):
+    """See ops/linear.py."""
+    last = x.ndim - 1
+    y = np.empty((*x.shape[:last], w.shape[0]), x.dtype) if out is None else out
+    gemm(be, x.reshape(-1, x.shape[last]), w, out=y.reshape(-1, w.shape[0]), tb=True, bias=b)
+    return y
+
+
+def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False, bias=None):
+    """op(a) @ op(b), see Backend.gemm.  Last axes must be contiguous, as NumPy makes them.
+
+    bias (J,): added to the first J columns of every row.
+    """
     m, k = (a.shape[1], a.shape[0]) if ta else (a.shape[0], a.shape[1])
     n = b.shape[0] if tb else b.shape[1]
     assert k == (b.shape[1] if tb else b.shape[0]), f"inner sizes differ: {a.shape} {b.shape} {ta} {tb}"
@@ -36,30 +47,33 @@ def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False
     assert out.shape == (m, n) and a.dtype == b.dtype == out.dtype
     a, b = _rows(a), _rows(b)
     if STRIPS_PAY and m >= 4 * TILE_ROWS and m * n * k > 1 << 15:
-        packed = _room("packed", k * (n + TILE_BYTES // a.itemsize), a.dtype)
+        packed = room("packed", k * (n + TILE_BYTES // a.itemsize), a.dtype)
         if a.dtype == np.float32:
-            _by_strips[float](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, a.dtype)
+            _by_strips[float](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, bias, a.dtype)
         else:
-            _by_strips[double](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, a.dtype)
-    elif a.dtype == np.float32:
+            _by_strips[double](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, bias, a.dtype)
+        return out
+    if a.dtype == np.float32:
         _by_slices[float](be.threads, a, b, out, ta, tb, accumulate, m, n, k)
     else:
         _by_slices[double](be.threads, a, b, out, ta, tb, accumulate, m, n, k)
+    if bias is not None:
+        out[:, : bias.size] += bias
     return out
 
 
 _kept = threading.local()
 
 
-def _room(str name, int64_t size, dtype):
+def room(str name, int64_t size, dtype):
     """Room for `size` values, kept for the next product: its memory is in cache then.  It starts on a
     cache line, so that a vector never lies across two."""
     rooms = _kept.__dict__
-    room = rooms.get((name, dtype))
-    if room is None or room.size < size:
-        room = np.empty(size + 64 // dtype.itemsize, dtype)
-        room = rooms[name, dtype] = room[-room.ctypes.data % 64 // dtype.itemsize :]
-    return room
+    kept = rooms.get((name, dtype))
+    if kept is None or kept.size < size:
+        kept = np.empty(size + 64 // dtype.itemsize, dtype)
+        kept = rooms[name, dtype] = kept[-kept.ctypes.data % 64 // dtype.itemsize :]
+    return kept
 
 
 def _rows(x):
@@ -68,20 +82,36 @@ def _rows(x):
 
 
 cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1] packed, bint ta, bint tb,
-                bint accumulate, int64_t m, int64_t n, int64_t k, dtype):
-    """Pack b, then compute strips of c; a thread takes a range of panels, then of strips."""
+                bint accumulate, int64_t m, int64_t n, int64_t k, const real[::1] bias, dtype):
+    """Pack b, then compute strips of c; a thread takes a range of panels, then blocks of strips."""
     cdef int64_t lda = a.strides[0] // sizeof(real), ldb = b.strides[0] // sizeof(real)
     cdef int64_t ldc = c.strides[0] // sizeof(real), i
     cdef int64_t columns = TILE_BYTES // sizeof(real)
     cdef int64_t panels = (n + columns - 1) // columns, strips = (m + TILE_ROWS - 1) // TILE_ROWS
     cdef int used = threads if m * n * k > 1 << 18 else 1
+    # Few strips are shared out evenly, so that each thread reads the packed panels once.
+    cdef int64_t blocks = strips // BLOCK_STRIPS if strips > 4 * used * BLOCK_STRIPS else used
     cdef int64_t share = BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16
-    cdef real[::1] own = _room("own", used * share, dtype)
-    for i in prange(used, nogil=True, schedule="static", num_threads=used):
-        pack_panels(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
-    for i in prange(used, nogil=True, schedule="static", num_threads=used):
-        multiply_strips(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
-                        strips * i // used, strips * (i + 1) // used, &own[i * share])
+    cdef real[::1] own = room("own", used * share, dtype)
+    cdef const real* added = NULL if bias is None else &bias[0]
+    cdef int64_t biased = 0 if bias is None else bias.shape[0]
+    with nogil, parallel(num_threads=used):
+        for i in prange(used, schedule="static"):
+            pack_panels(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
+        for i in prange(blocks, schedule="dynamic"):
+            multiply_strips(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
+                            strips * i // blocks, strips * (i + 1) // blocks, &own[threadid() * share])
+            _add_bias(added, biased, &c[0, 0], ldc, strips * i // blocks * TILE_ROWS,
+                      min(m, strips * (i + 1) // blocks * TILE_ROWS))
+
+
+cdef inline void _add_bias(const real* bias, int64_t columns, real* c, int64_t ldc, int64_t first,
+                           int64_t last) noexcept nogil:
+    """To rows first .. last-1, while they are in cache."""
+    cdef int64_t i, j
+    for i in range(first if columns else last, last):
+        for j in range(columns):
+            c[i * ldc + j] += bias[j]
 
 
 cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, bint tb, bint accumulate,
@@ -112,4 +142,4 @@ cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, 
                       beta, pc + start, ldc)
 
 
-TWINS = {}
+TWINS = {"linear_forward": linear_forward}

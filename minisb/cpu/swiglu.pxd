@@ -1,6 +1,8 @@
-# A row of swiglu, for decode.pyx: the same compiled function, hence the same bits.
+# A row of swiglu, for decode.pyx and ffn.pyx: the same compiled function, hence the same bits.
 from libc.stdint cimport int64_t
 
 from minisb.cpu.common cimport real
 
 cdef void swiglu_row(const real* gate, const real* up, real* h, int64_t F) noexcept nogil
+cdef void swiglu_backward_row(const real* dh, const real* gate, const real* up, real* dgate, real* dup,
+                              int64_t F) noexcept nogil

@@ -47,11 +47,11 @@ def swiglu_backward(be, dh, saved):
 cdef _backward(int threads, const real[:, ::1] dh, const real[:, ::1] gate_up, real[:, ::1] dgate_up):
     cdef int64_t r, rows = dh.shape[0], F = dh.shape[1]
     for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * F)):
-        _backward_row(&dh[r, 0], &gate_up[r, 0], &gate_up[r, F], &dgate_up[r, 0], &dgate_up[r, F], F)
+        swiglu_backward_row(&dh[r, 0], &gate_up[r, 0], &gate_up[r, F], &dgate_up[r, 0], &dgate_up[r, F], F)
 
 
-cdef inline void _backward_row(const real* dh, const real* gate, const real* up, real* dgate, real* dup,
-                               int64_t F) noexcept nogil:
+cdef void swiglu_backward_row(const real* dh, const real* gate, const real* up, real* dgate, real* dup,
+                              int64_t F) noexcept nogil:
     cdef int64_t i
     cdef real s, silu, d
     for i in range(F):

@@ -17,29 +17,37 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
         int64_t hop, T *c, int64_t ldc, int add
 
 #ifdef __GNUC__
-/* One p for all six rows.  Eight in a row without a branch: beside the twelve multiply-adds every other
-   instruction counts, most of all where another process shares the core.  KEEP pins the sums to
-   registers between rows; without it GCC loads so far ahead that it runs out of them. */
-#define STRIP_STEP(VECTOR, T, P)                                                                \
-    do {                                                                                        \
-        VECTOR left = *(const VECTOR *)from, right = *(const VECTOR *)(from + lanes);           \
-        _Pragma("GCC unroll 6") for (int i = 0; i < TILE_ROWS; i++) {                           \
-            T x = a[i * row + (P) * step];                                                      \
-            sum[i][0] += x * left;                                                              \
-            sum[i][1] += x * right;                                                             \
-            KEEP(sum[i][0]);                                                                    \
-            KEEP(sum[i][1]);                                                                    \
-        }                                                                                       \
-    } while (0)
-
+/* sum += x * y.  Beside the twelve multiply-adds of a step every other instruction counts, most of all where
+   another process shares the core.  Left to itself GCC reads y from memory again for row after row and loads
+   ahead until it runs out of registers.  So with FMA the instruction is spelled out, its operands in
+   registers; without, KEEP pins the sums to theirs. */
 #ifdef __x86_64__
+#define FUSED_float(sum, x, y) __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y))
+#define FUSED_double(sum, x, y) __asm__("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y))
 #define KEEP(vector) __asm__("" : "+x"(vector))
 #else
 #define KEEP(vector)
 #endif
+#define PLAIN(sum, x, y)    \
+    do {                    \
+        sum += (x) * (y);   \
+        KEEP(sum);          \
+    } while (0)
 
-/* BYTES: of a vector.  TARGET: what the function may use beyond the build's own instructions. */
-#define DEFINE_STRIP(NAME, T, BYTES, TARGET)                                                    \
+/* One p for all six rows: 20 instructions for 12 multiply-adds. */
+#define STRIP_STEP(VECTOR, MULTIPLY_ADD, P)                                                     \
+    do {                                                                                        \
+        VECTOR left = *(const VECTOR *)from, right = *(const VECTOR *)(from + lanes);           \
+        _Pragma("GCC unroll 6") for (int i = 0; i < TILE_ROWS; i++) {                           \
+            VECTOR x = (VECTOR){0} + a[i * row + (P) * step];                                   \
+            MULTIPLY_ADD(sum[i][0], x, left);                                                   \
+            MULTIPLY_ADD(sum[i][1], x, right);                                                  \
+        }                                                                                       \
+    } while (0)
+
+/* BYTES: of a vector.  MULTIPLY_ADD: one of the above.  Eight steps in a row without a branch.  TARGET: what
+   the function may use beyond the build's own instructions. */
+#define DEFINE_STRIP(NAME, T, BYTES, MULTIPLY_ADD, TARGET)                                      \
     typedef T NAME##_vector __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias)); \
     TARGET static void NAME(STRIP_ARGUMENTS(T)) {                                               \
         const int64_t lanes = BYTES / sizeof(T), tile = TILE_BYTES / sizeof(T);                 \
@@ -51,8 +59,8 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
             int64_t p = 0;                                                                      \
             for (; p + 8 <= depth; p += 8)                                                      \
                 _Pragma("GCC unroll 8") for (int u = 0; u < 8; u++, from += ldb)                \
-                    STRIP_STEP(NAME##_vector, T, p + u);                                        \
-            for (; p < depth; p++, from += ldb) STRIP_STEP(NAME##_vector, T, p);                \
+                    STRIP_STEP(NAME##_vector, MULTIPLY_ADD, p + u);                             \
+            for (; p < depth; p++, from += ldb) STRIP_STEP(NAME##_vector, MULTIPLY_ADD, p);     \
             _Pragma("GCC unroll 6") for (int i = 0; i < TILE_ROWS; i++) {                       \
                 NAME##_vector *to = (NAME##_vector *)(c + i * ldc + j);                         \
                 if (add) sum[i][0] += to[0], sum[i][1] += to[1];                                \
@@ -62,7 +70,7 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
         }                                                                                       \
     }
 #else /* no vector types: plain loops */
-#define DEFINE_STRIP(NAME, T, BYTES, TARGET)                                                    \
+#define DEFINE_STRIP(NAME, T, BYTES, MULTIPLY_ADD, TARGET)                                      \
     static void NAME(STRIP_ARGUMENTS(T)) {                                                      \
         const int64_t tile = TILE_BYTES / sizeof(T);                                            \
         for (int64_t i = 0; i < TILE_ROWS; i++)                                                 \
@@ -78,18 +86,20 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__AVX2__)
 /* A build for any x86-64, such as a wheel: the wider version where the processor has it. */
 #define DEFINE_STRIP_FOR(T)                                                                     \
-    DEFINE_STRIP(strip_##T##_wide, T, 32, __attribute__((target("avx2,fma"))))                  \
-    DEFINE_STRIP(strip_##T##_plain, T, 16, )                                                    \
+    DEFINE_STRIP(strip_##T##_wide, T, 32, FUSED_##T, __attribute__((target("avx2,fma"))))       \
+    DEFINE_STRIP(strip_##T##_plain, T, 16, PLAIN, )                                             \
     static inline void strip_##T(STRIP_ARGUMENTS(T)) {                                          \
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                    \
             strip_##T##_wide(n, depth, a, row, step, b, ldb, hop, c, ldc, add);                 \
         else                                                                                    \
             strip_##T##_plain(n, depth, a, row, step, b, ldb, hop, c, ldc, add);                \
     }
+#elif defined(__AVX2__) && defined(__FMA__)
+#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, FUSED_##T, )
 #elif defined(__AVX2__)
-#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, )
+#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, PLAIN, )
 #else
-#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 16, )
+#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 16, PLAIN, )
 #endif
 
 DEFINE_STRIP_FOR(float)
