@@ -18,7 +18,9 @@ def launch():
     x, w = np.ones((3, 8), np.float32), np.full(8, 2, np.float32)
     fitting = {
         "x": x,
+        "delta": None,
         "w": w,
+        "z": None,
         "y": np.empty_like(x),
         "rstd": np.empty((3, 1), np.float32),
         "rows": 3,
@@ -45,7 +47,7 @@ def test_a_launch_that_fits(launch):
         ({"rstd": np.ones((3, 1))}, "rstd must be float32"),
         ({"x": np.ones((8, 3), np.float32).T}, "x must be contiguous"),
         ({"w": np.ones(16, np.float32)[::2]}, "w must be contiguous"),
-        ({"one_more": 1}, "takes 7 arguments, not 8"),
+        ({"one_more": 1}, "takes 9 arguments, not 10"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -57,7 +59,7 @@ def test_a_launch_that_does_not_fit(launch, changes, complaint):
 def test_nothing_to_do_is_no_launch(launch):
     y = np.full((3, 8), 7, np.float32)
     device = emulator.Emulated()
-    device.launch("rmsnorm_forward", y.dtype, 0, 128, y, y[0].copy(), y, np.empty((3, 1), np.float32), 0, 8, 0.0)
+    device.launch("rmsnorm_forward", y.dtype, 0, 128, y, None, y[0].copy(), None, y, np.empty((3, 1), np.float32), 0, 8, 0.0)
     assert (y == 7).all()
 
 

@@ -236,7 +236,7 @@ def test_a_training_step_is_the_cpus_and_every_operation_has_its_kernel(cuda, ch
         want, got = (one_step(be, config, dtype, spike) for be in (backends()["numpy"], cuda))
         assert got[0] == pytest.approx(want[0], rel=limit)
         assert relative_rms(got[1], want[1]) < limit and relative_rms(got[2], want[2]) < limit
-    assert not cuda.natives.missed
+    assert cuda.natives.missed <= {"ffn_forward", "ffn_backward"}  # which are made of others
 
 
 def test_prefill_and_steps_are_the_cpus(cuda):
