@@ -16,8 +16,8 @@
 
 #include "tensor_cores.cuh"
 #include "hopper.cuh"
+#include "attention_hopper.cuh"
 
-constexpr int ROWS = 64;            // of a warpgroup
 constexpr float SLACK = 8;          // the softmax's shift follows the maximum when that has grown by more than 2^8
 constexpr float LN2 = 0.693147181f;
 
@@ -54,48 +54,6 @@ struct Memory {
         }
     }
 };
-
-// One tile: where its rows begin, and the keys in its reach.
-struct Tile {
-    int b, g, row, key, end;
-    __device__ Tile(int index, int row_tiles, int T, int S, int R, int G, int window)
-    {
-        const int group = index / row_tiles, rows = T * R;
-        b = group / G;
-        g = group % G;
-        row = (row_tiles - 1 - index % row_tiles) * 2 * ROWS;  // the last rows see most: they come first
-        const int last = row + 2 * ROWS < rows ? row + 2 * ROWS - 1 : rows - 1, seen = S - T + row / R - window + 1;
-        key = seen > 0 ? seen : 0;
-        end = S - T + last / R + 1;
-    }
-};
-
-// Which of the stages is used next, and in which parity of its rounds.
-template <int STAGES>
-struct Turn {
-    int stage = 0, parity = 0;
-    __device__ void next()
-    {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// 64 threads bring KEYS rows, zeros from `count` on.
-template <int D, int KEYS>
-__device__ __forceinline__ void bring(char* to, const real* x, int stride, int first, int count)
-{
-    constexpr int PIECES = D / 8;
-    const int thread = threadIdx.x % 64, piece = thread % PIECES;
-#pragma unroll 8
-    for (int i = 0; i < KEYS * PIECES / 64; i++) {
-        const int r = thread / PIECES + i * (64 / PIECES);
-        const bool there = first + r < count;
-        copy_async(to + swizzled(KEYS, r, piece), x + (i64)(there ? first + r : 0) * stride + piece * 8, there);
-    }
-}
 
 template <int D, int KEYS, int STAGES>
 __device__ __forceinline__ void producer(const Memory<D, KEYS, STAGES>& memory, const real* q, const real* k,
@@ -191,19 +149,6 @@ __device__ __forceinline__ void multiply_rows(float (&x)[TILES][4], const float 
         for (int i = 0; i < 4; i++) x[j][i] *= factor[i / 2];
 }
 
-// Products of pairs that are not visible become -inf.  distance: of each row's position from the key of column 0.
-template <int TILES>
-__device__ __forceinline__ void hide(float (&s)[TILES][4], const int (&distance)[2], int window)
-{
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int column = lane() % 4 * 2 + 8 * j + i % 2;
-            if ((unsigned)(distance[i / 2] - column) >= (unsigned)window) s[j][i] = -INFINITE;
-        }
-}
-
 // TURNS: the two warpgroups issue products by turns, so that one's softmax runs beside the other's products.
 template <int D, int KEYS, int STAGES, bool TURNS>
 __device__ __forceinline__ void consumer(const Memory<D, KEYS, STAGES>& memory, int half, real* o, float* lse, int T,
@@ -296,21 +241,12 @@ __device__ __forceinline__ void consumer(const Memory<D, KEYS, STAGES>& memory, 
         sums_here();
 
         const float total[2] = {lanes_sum(softmax.total[0], 4), lanes_sum(softmax.total[1], 4)};
-        const float factor[2] = {1 / total[0], 1 / total[1]};
-        multiply_rows(out, factor);
-        const int odd = lane() % 2;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int r = row + 8 * i;
             const bool inside = r < T * R;
             const i64 at = ((i64)tile.b * T + r / R) * H + tile.g * R + r % R;
-            real* to = o + at * D + lane() % 4 / 2 * 4;
-#pragma unroll
-            for (int e = 0; e < D / 8; e += 2) {  // neighbouring lanes exchange words, each writes 8 bytes
-                const u32 a = pack(out[e][2 * i], out[e][2 * i + 1]), b = pack(out[e + 1][2 * i], out[e + 1][2 * i + 1]);
-                const u32 got = __shfl_xor_sync(FULL_WARP, odd ? a : b, 1);
-                if (inside) *(Words*)(to + 8 * (e + odd)) = odd ? Words{got, b} : Words{a, got};
-            }
+            store_row(o + at * D, inside, out, i, 1 / total[i]);
             if (inside && lane() % 4 == 0) lse[at] = LN2 * softmax.top[i] + log(total[i]);
         }
     }

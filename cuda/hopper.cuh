@@ -29,8 +29,9 @@ __device__ inline int swizzled(int rows, int row, int piece)
     return (piece / 8 * rows + row) * 128 + ((piece % 8 ^ row % 8) * 16);
 }
 
-// What the tensor cores are told of an operand in shared memory: its start, the bytes to the next panel and to the next
-// eight rows, and the permutation.
+// What the tensor cores are told of an operand in shared memory: its start, the bytes to the next panel (where channels
+// are summed over a product lies within one panel, and 16 is said by custom) and to the next eight rows, and the
+// permutation.
 __device__ inline u64 described(const void* start, int next_panel)
 {
     return (u64)(shared_address(start) >> 4 & 0x3fff) | (u64)(next_panel >> 4) << 16 | (u64)(GROUP >> 4) << 32 |
@@ -97,6 +98,13 @@ __device__ __forceinline__ void products(float (&sum)[16][4], const u32 (&a)[4],
                  : TILES_8(sum, 0), TILES_8(sum, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// sum (64 x N) = a (64 x 16) b^T (16 x N) (+ sum); a in registers, b described as N rows of channels.
+__device__ __forceinline__ void products(float (&sum)[8][4], const u32 (&a)[4], u64 b, bool add)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; " WGMMA("64") "{" TO_31 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+                 : TILES_8(sum, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+}
+
 // What this thread wrote into shared memory is seen by products that start later.
 __device__ __forceinline__ void show_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -146,9 +154,19 @@ __device__ __forceinline__ void product_of_rows(float (&sum)[TILES][4], const ch
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
         const int panel = d / PANEL, within = d % PANEL * 2;
-        products(sum, described(a + panel * rows_a * 128 + within, 0), described(b + panel * rows_b * 128 + within, 0),
+        products(sum, described(a + panel * rows_a * 128 + within, 16),
+                 described(b + panel * rows_b * 128 + within, 16),
                  d > 0);
     }
+}
+
+// The same with a in registers.
+template <int D, int TILES>
+__device__ __forceinline__ void product_of_rows(float (&sum)[TILES][4], const u32 (&a)[D / 16][4], const char* b, int rows_b)
+{
+#pragma unroll
+    for (int d = 0; d < D; d += 16)
+        products(sum, a[d / 16], described(b + d / PANEL * rows_b * 128 + d % PANEL * 2, 16), d > 0);
 }
 
 // sum (64 x D) += a (64 x 16 STEPS, in registers) b (16 STEPS x D)
@@ -157,5 +175,32 @@ __device__ __forceinline__ void product_into(float (&sum)[TILES][4], const u32 (
 {
 #pragma unroll
     for (int n = 0; n < STEPS; n++) products(sum, a[n], described(b + n * 2 * GROUP, 16 * STEPS * 128));
+}
+
+// Which of the stages is used next, and in which parity of its rounds.
+template <int STAGES>
+struct Turn {
+    int stage = 0, parity = 0;
+    __device__ void next()
+    {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// 64 threads bring ROWS rows from `first` on into panels; zeros from `count` on.
+template <int D, int ROWS>
+__device__ __forceinline__ void bring(char* to, const real* x, int stride, int first, int count)
+{
+    constexpr int PIECES = D / 8;
+    const int thread = threadIdx.x % 64, piece = thread % PIECES;
+#pragma unroll 8
+    for (int i = 0; i < ROWS * PIECES / 64; i++) {
+        const int r = thread / PIECES + i * (64 / PIECES);
+        const bool there = first + r < count;
+        copy_async(to + swizzled(ROWS, r, piece), x + (i64)(there ? first + r : 0) * stride + piece * 8, there);
+    }
 }
 #endif

@@ -424,23 +424,37 @@ void products(float (&sum)[TILES][4], unsigned long long a, unsigned long long b
     });
 }
 
+namespace emulator {
 template <int TILES>
-void products(float (&sum)[TILES][4], const unsigned (&a)[4], unsigned long long b)
+void products_from_registers(float (&sum)[TILES][4], const unsigned (&a)[4], unsigned long long b, bool by_k, bool add)
 {
-    emulator::products_of[emulator::number()].open.push_back([&sum, &a, b] {
+    products_of[number()].open.push_back([&sum, &a, b, by_k, add] {
         struct Operand {
             unsigned a[4];
         };
-        auto operands = emulator::exchange(Operand{{a[0], a[1], a[2], a[3]}});
+        auto operands = exchange(Operand{{a[0], a[1], a[2], a[3]}});
         float left[2][16];
         for (int i = 0; i < 2; i++)
             for (int k = 0; k < 16; k += 2) {
-                const float2 x = unpack(operands(emulator::number() % 32 / 4 * 4 + k % 8 / 2).a[i + k / 8 * 2]);
+                const float2 x = unpack(operands(number() % 32 / 4 * 4 + k % 8 / 2).a[i + k / 8 * 2]);
                 left[i][k] = x.x;
                 left[i][k + 1] = x.y;
             }
-        emulator::add_products(sum, left, [b](int n, int k) { return emulator::operand(b, false, n, k); });
+        if (!add) std::memset(sum, 0, sizeof sum);
+        add_products(sum, left, [=](int n, int k) { return operand(b, by_k, n, k); });
     });
+}
+}  // namespace emulator
+
+template <int TILES>
+void products(float (&sum)[TILES][4], const unsigned (&a)[4], unsigned long long b)
+{
+    emulator::products_from_registers(sum, a, b, false, true);
+}
+template <int TILES>
+void products(float (&sum)[TILES][4], const unsigned (&a)[4], unsigned long long b, bool add)
+{
+    emulator::products_from_registers(sum, a, b, true, add);
 }
 
 namespace emulator {

@@ -3,6 +3,7 @@
 The limit is twice the error of `rounded`, the reference rounded where the kernel rounds.
 """
 
+import re
 import subprocess
 
 import emulator
@@ -67,10 +68,10 @@ def launched(monkeypatch, cuda):
 
 @pytest.fixture(params=[False, True], ids=["mma", "wgmma"])
 def hopper(request, monkeypatch, cuda):
-    """Whether the kernels of attention_hopper.cu are taken."""
+    """Whether the kernels of attention_hopper*.cu are taken."""
     if request.param and cuda.device.target != "sm_90a":
         pytest.skip("not a Hopper GPU")
-    monkeypatch.setattr(twins, "HOPPER", request.param)
+    monkeypatch.setattr(twins, "HOPPER", {name for name, _ in twins.HOPPER_STAGES} if request.param else set())
     return request.param
 
 
@@ -132,7 +133,7 @@ def test_attention_on_tensor_cores(poisoned, launched, hopper, element, case):
     found, lse = both()
     again, _ = both()
     assert all(name.startswith(("attention_fast", "attention_hopper")) for name in launched) and len(launched) == 6
-    assert any("hopper" in name for name in launched) == hopper
+    assert sum("hopper" in name for name in launched) == 2 * len(twins.HOPPER)
     assert np.abs(lse - saved[4]).max() < 1e-5 * max(1, np.abs(saved[4]).max())
     for name, want in exact.items():
         assert here(found[name]).dtype == dtype
@@ -204,22 +205,32 @@ def test_a_block_takes_tile_after_tile(poisoned, monkeypatch, blocks):
     """Stages and barriers go on from one tile to the next; tiles have one to four tiles of keys."""
     if poisoned.device.target != "sm_90a":
         pytest.skip("not a Hopper GPU")
-    monkeypatch.setattr(twins, "HOPPER", True)
-    q, k, v, _ = there(poisoned, draw((2, 350, 350, 2, 1, 64, 333), np.dtype("float16")))
-    o, saved = attention_forward(poisoned, q, k, v, 333)
+    monkeypatch.setattr(twins, "HOPPER", {"forward", "backward_q"})
+    q, k, v, do = there(poisoned, draw((2, 350, 350, 2, 1, 64, 333), np.dtype("float16")))
+
+    def found():
+        o, saved = attention_forward(poisoned, q, k, v, 333)
+        dq, lse2, delta = poisoned.xp.empty_like(q), *(poisoned.xp.empty((2, 2, 384), "float32") for _ in range(2))
+        twins._backward_q_hopper(poisoned, do, q, k, v, o, saved[4], dq, lse2, delta, 333, 0.1)
+        return [here(x) for x in (o, saved[4], dq, lse2, delta)]
+
+    once = found()
     monkeypatch.setattr(twins, "MULTIPROCESSORS", blocks)
-    again, kept = attention_forward(poisoned, q, k, v, 333)
-    assert (here(o) == here(again)).all() and (here(saved[4]) == here(kept[4])).all()
+    for x, again in zip(once, found(), strict=True):
+        assert np.isfinite(x).all() and (x == again).all()
+    assert (once[3][..., 350:] == 0).all() and (once[4][..., 350:] == 0).all()
 
 
-def test_the_launcher_asks_for_the_shared_memory_that_the_hopper_kernels_lay_out():
+@pytest.mark.parametrize("kernel", twins.HOPPER_STAGES, ids=str)
+def test_the_launcher_asks_for_the_shared_memory_that_the_hopper_kernels_lay_out(kernel):
     if emulator.COMPILER is None:
         pytest.skip(emulator.NO_COMPILER)
-    text = f'#include "{emulator.HEADER}"\n{kernels.assembled("attention_hopper")}\n'
-    for D, tile in twins.HOPPER_TILES.items():
-        keys, stages = tile
-        text += f"static_assert(Memory<{D}, {keys}, {stages}>::BYTES == {twins._hopper_bytes(D)});\n"
-        assert f"forward<{D}, {keys}, {stages}, " in text
+    (name, D), (rows, stages) = kernel, twins.HOPPER_STAGES[kernel]
+    source = kernels.assembled("attention_hopper" if name == "forward" else f"attention_hopper_{name}")
+    arguments = f"{D}, {rows}, {stages}" if name == "forward" else f"{D}, {stages}"
+    assert re.search(rf" {name}<{arguments}[,>]", source)
+    text = f'#include "{emulator.HEADER}"\n{source}\n'
+    text += f"static_assert(Memory<{arguments}>::BYTES == {twins._hopper_bytes(name, D)});\n"
     command = [emulator.COMPILER, *emulator.FLAGS, "-DREAL_bfloat16", "-fsyntax-only", "-"]
     done = subprocess.run(command, input=text, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[:500]

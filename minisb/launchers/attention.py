@@ -37,8 +37,8 @@ class Tiling:
         return heads, tiles
 
 
-#: Whether a Hopper GPU takes cuda/attention_hopper.cu, where there is a kernel of it.
-HOPPER = False
+#: Which of "forward", "backward_q" and "backward_kv" a Hopper GPU takes from cuda/attention_hopper*.cu.
+HOPPER = frozenset()
 
 #: By kernel and head size; bench/gpu_attention.py times others.
 TILINGS = {
@@ -130,7 +130,7 @@ def _rows(D: int, count: int) -> int:
 
 
 def _forward_fast(be, q, k, v, o, lse, window, scale):
-    if _hopper(be, q.shape[3]):
+    if _hopper(be, "forward", q.shape[3]):
         return _forward_hopper(be, q, k, v, o, lse, window, scale)
     T, S, H, G, D, window = _sizes(q, k, window)
     tiling, shared = TILINGS["forward", D], _stages(D)
@@ -153,6 +153,9 @@ def _backward_q_fast(be, do, q, k, v, o, lse, dq, window, scale):
     """Writes dq -> what the other kernel wants of each query: lse2, delta (B,H,P), P is T rounded up to a STAGE."""
     T, S, H, G, D, window = _sizes(q, k, window)
     lse2, delta = (be.xp.empty((q.shape[0], H, -(-T // STAGE) * STAGE), "float32") for _ in range(2))
+    if _hopper(be, "backward_q", D):
+        _backward_q_hopper(be, do, q, k, v, o, lse, dq, lse2, delta, window, scale)
+        return lse2, delta
     tiling = TILINGS["backward_q", D]
     heads, tiles = tiling.queries(H // G)
     grid, sizes = (-(-T // (tiles * tiling.rows)), q.shape[0] * H // heads), (T, S, H, G, window, scale, tiles)
@@ -162,6 +165,8 @@ def _backward_q_fast(be, do, q, k, v, o, lse, dq, window, scale):
 
 
 def _backward_kv_fast(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
+    if _hopper(be, "backward_kv", q.shape[3]):
+        return _backward_kv_hopper(be, do, q, k, v, lse2, delta, dk, dv, window, scale)
     T, S, H, G, D, window = _sizes(q, k, window)
     tiling = TILINGS["backward_kv", D]
     grid, sizes = (-(-S // (tiling.warps * tiling.rows)), q.shape[0] * G), (T, S, H, G, window, scale)
@@ -172,26 +177,61 @@ def _backward_kv_fast(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
 # --- on Hopper's warpgroups
 
 HOPPER_FORWARD = {64: "attention_hopper_forward_64", 128: "attention_hopper_forward_128"}
-TILE_ROWS = 128  # queries of a block, of all heads of a group
-HOPPER_TILES = {64: (128, 2), 128: (128, 2)}  # by head size: keys of a tile, and stages (KEYS, STAGES in the source)
+HOPPER_BACKWARD_Q = {64: "attention_hopper_backward_q_64", 128: "attention_hopper_backward_q_128"}
+HOPPER_BACKWARD_KV = {64: "attention_hopper_backward_kv_64", 128: "attention_hopper_backward_kv_128"}
+HOPPER_THREADS = 384
+HOPPER_ROWS = 128  # queries of a block, of all heads of a group, or its keys
+#: By kernel and head size: rows of the other side at once, and how many times that (STAGES in the source).
+HOPPER_STAGES = {
+    ("forward", 64): (128, 2),
+    ("forward", 128): (128, 2),
+    ("backward_q", 64): (64, 4),
+    ("backward_q", 128): (64, 4),
+    ("backward_kv", 64): (STAGE, 2),
+    ("backward_kv", 128): (STAGE, 2),
+}
 
 
-def _hopper(be, D: int) -> bool:
-    return HOPPER and be.device.target == "sm_90a" and _hopper_bytes(D) <= be.device.shared_bytes
+def _hopper(be, name: str, D: int) -> bool:
+    return name in HOPPER and be.device.target == "sm_90a" and _hopper_bytes(name, D) <= be.device.shared_bytes
 
 
-def _hopper_bytes(D: int) -> int:
-    """Memory in cuda/attention_hopper.cu: from a multiple of 1024 on, queries, keys and values, barriers."""
-    keys, stages = HOPPER_TILES[D]
-    return 1024 + 2 * D * (TILE_ROWS + 2 * stages * keys) + 8 * (2 + 4 * stages)
+def _hopper_bytes(name: str, D: int) -> int:
+    """Memory in the sources: from a multiple of 1024 on what the block has of its own and the stages, then barriers."""
+    rows, stages = HOPPER_STAGES[name, D]
+    own = {"forward": HOPPER_ROWS, "backward_q": 0, "backward_kv": 2 * HOPPER_ROWS}[name]
+    barriers = {"forward": 2 + 4 * stages, "backward_q": 3 * stages, "backward_kv": 1 + 3 * stages}[name]
+    statistics = 8 * rows * stages if name == "backward_kv" else 0
+    return 1024 + 2 * D * (own + stages * 2 * rows) + statistics + 8 * barriers
+
+
+def _tiles_and_blocks(q, k) -> tuple[int, int]:
+    """Tiles of HOPPER_ROWS queries of all heads of a group, and the blocks that take them one after the other."""
+    B, T, H, _ = q.shape
+    G = k.shape[2]
+    tiles = B * G * -(-T * (H // G) // HOPPER_ROWS)
+    return tiles, min(tiles, MULTIPROCESSORS)
 
 
 def _forward_hopper(be, q, k, v, o, lse, window, scale):
     T, S, H, G, D, window = _sizes(q, k, window)
-    tiles = q.shape[0] * G * -(-T * (H // G) // TILE_ROWS)
-    sizes = T, S, H, G, window, scale * math.log2(math.e), tiles
-    blocks = min(tiles, MULTIPROCESSORS)
-    be.launch(HOPPER_FORWARD[D], q, blocks, 384, q, k, v, o, lse, *sizes, shared=_hopper_bytes(D))
+    (tiles, blocks), shared = _tiles_and_blocks(q, k), _hopper_bytes("forward", D)
+    arrays, sizes = (q, k, v, o, lse), (T, S, H, G, window, scale * math.log2(math.e), tiles)
+    be.launch(HOPPER_FORWARD[D], q, blocks, HOPPER_THREADS, *arrays, *sizes, shared=shared)
+
+
+def _backward_q_hopper(be, do, q, k, v, o, lse, dq, lse2, delta, window, scale):
+    T, S, H, G, D, window = _sizes(q, k, window)
+    (tiles, blocks), shared = _tiles_and_blocks(q, k), _hopper_bytes("backward_q", D)
+    arrays, sizes = (do, q, k, v, o, lse, dq, lse2, delta), (T, S, H, G, window, scale, tiles)
+    be.launch(HOPPER_BACKWARD_Q[D], q, blocks, HOPPER_THREADS, *arrays, *sizes, shared=shared)
+
+
+def _backward_kv_hopper(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
+    T, S, H, G, D, window = _sizes(q, k, window)
+    grid, shared = (-(-S // HOPPER_ROWS), k.shape[0] * G), _hopper_bytes("backward_kv", D)
+    arrays, sizes = (do, q, k, v, lse2, delta, dk, dv), (T, S, H, G, window, scale)
+    be.launch(HOPPER_BACKWARD_KV[D], q, grid, HOPPER_THREADS, *arrays, *sizes, shared=shared)
 
 
 TWINS = {"attention": (attention_forward, attention_backward, attention_step)}
