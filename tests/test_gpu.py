@@ -59,7 +59,8 @@ def test_a_launch_that_does_not_fit(launch, changes, complaint):
 def test_nothing_to_do_is_no_launch(launch):
     y = np.full((3, 8), 7, np.float32)
     device = emulator.Emulated()
-    device.launch("rmsnorm_forward", y.dtype, 0, 128, y, None, y[0].copy(), None, y, np.empty((3, 1), np.float32), 0, 8, 0.0)
+    w, rstd = y[0].copy(), np.empty((3, 1), np.float32)
+    device.launch("rmsnorm_forward", y.dtype, 0, 128, y, None, w, None, y, rstd, 0, 8, 0.0)
     assert (y == 7).all()
 
 
