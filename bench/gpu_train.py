@@ -94,7 +94,7 @@ class Step:
     def __init__(self, config: Config, be, dtype: str):
         import numpy as np
 
-        from minisb.backend import element
+        from minisb.kernels import element
         from minisb.model import SpikingBrain, specs
         from minisb.optim import LossScale
         from minisb.params import ParamStore, count
@@ -149,7 +149,7 @@ def limits(be) -> dict:
     """What this GPU reaches: a large copy, read and written, and a product of 8192 cubed in the activations' type."""
     from gpu_profile import Profile
 
-    from minisb.backend import element
+    from minisb.kernels import element
 
     xp, n, found = be.xp, 8192, {}
     a, b = (xp.random.standard_normal((n, n), dtype="float32").astype(element(be.activations)) for _ in range(2))

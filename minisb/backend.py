@@ -141,15 +141,6 @@ class CudaBackend(Backend):
         self.device.launch(kernel, like.dtype, blocks, threads, *args, **options)
 
 
-def element(name: str):
-    """The NumPy dtype of an element type by its name; bfloat16 is one of the package ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
-
-
 def default_threads() -> int:
     """The cores this process may use."""
     try:

@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from minisb import backend, kernels
+from minisb import kernels
 from minisb.errors import MinisbError
 from minisb.graph import Recorded
 
@@ -105,7 +105,7 @@ def _dtype(declared: str, element: str, array: bool):
     wide = "float64" if element == "float64" else "float32"
     found = {"real": element, "wide": wide, "int": "int32", "i64": "int64", "float": "float32", "double": "float64"}
     name = found.get(declared, declared)  # int8 and int16 are what they say
-    return backend.element(name) if array else np.dtype(name).type
+    return kernels.element(name) if array else np.dtype(name).type
 
 
 class Gpu(Launcher):

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from minisb.cache import atomic_write, cache_folder
 from minisb.errors import MinisbError
 
@@ -30,6 +32,15 @@ OPTIONS = ("--std=c++17", "-lineinfo")
 INCLUDE = r'^#include "(\w+\.cuh)"$'
 KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\([\d, ]+\)\s+)?(\w+)\s*\(([^)]*)\)'
 JOBS = 8  # files compiled at once, at most
+
+
+def element(name: str):
+    """The NumPy dtype of an element type by its name; bfloat16 is one of the package ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 # --- sources

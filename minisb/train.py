@@ -19,12 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from minisb import checkpoint
-from minisb.backend import element
 from minisb.best import Best
 from minisb.config import Config
 from minisb.data import TokenData, batch, bigram_loss, eval_batches
 from minisb.errors import MinisbError
 from minisb.experts import Loads
+from minisb.kernels import element
 from minisb.model import SpikingBrain, specs
 from minisb.ops.adamw import grad_norm
 from minisb.ops.spike import window_sparsity

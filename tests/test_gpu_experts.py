@@ -13,7 +13,7 @@ from moe_cases import CASES
 from test_gpu_model import model_of
 from test_gpu_ops import assert_close, doubled, make, run
 
-from minisb import backend, cli, gradcheck
+from minisb import cli, gradcheck, kernels
 from minisb.__main__ import main as minisb_main
 from minisb.backend import CudaBackend
 from minisb.config import preset
@@ -162,7 +162,7 @@ def test_one_product_per_expert(cuda, element, counts, R, O, I):
     """Halves on tensor cores, where widths allow it: against float64 from the same rounded inputs."""
     if element == "bfloat16":
         pytest.importorskip("ml_dtypes")
-    dtype, wide = backend.element(element), "float64" if element == "float64" else "float32"
+    dtype, wide = kernels.element(element), "float64" if element == "float64" else "float32"
     rng = np.random.default_rng(0)
     shapes = (R, I), (len(counts), O, I), (R, O), (R, I), (len(counts), O, I)
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
@@ -255,7 +255,7 @@ def test_halves_follow_float32(cuda, name):
     if name == "bfloat16":
         pytest.importorskip("ml_dtypes")
     want = model_of(TINY, backends()["numpy"])
-    store = ParamStore(specs(TINY), cuda.xp, optimizer=True, activations=backend.element(name))
+    store = ParamStore(specs(TINY), cuda.xp, optimizer=True, activations=kernels.element(name))
     store.initialise(0)
     got = SpikingBrain(TINY, cuda, store)
     loss = want.loss_and_backward(*texts(backends()["numpy"], TINY))

@@ -10,9 +10,10 @@ from emulator import here
 from test_gpu_model import model_of
 from test_model import TINY, batch
 
-from minisb.backend import Backend, element
+from minisb.backend import Backend
 from minisb.data import TokenData
 from minisb.gradcheck import relative_rms
+from minisb.kernels import element
 from minisb.model import SpikingBrain, specs
 from minisb.ops.adamw import adamw, grad_norm
 from minisb.optim import LossScale, update
