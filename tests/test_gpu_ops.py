@@ -134,7 +134,7 @@ def test_all_memory_is_written_and_bits_repeat(case, cuda, monkeypatch):
 
 
 def test_every_operation_has_a_kernel(cuda):
-    used = {name for case in EVERY for name in case.natives} - {"linear"}
+    used = {name for case in EVERY for name in case.natives} - {"linear", "ffn_forward", "ffn_backward"}  # made of others
     assert used <= set(cuda.natives)
     assert {"linear_forward", "spike_forward", "adamw", "grad_norm", "gla_step"} <= set(cuda.natives)
 
