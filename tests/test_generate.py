@@ -272,5 +272,5 @@ def test_sample_ends_cleanly_on_interrupt(run_folder):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     assert process.stdout.read(2) == b"ab"  # it is past its imports and writing
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=30)
+    out, error = process.communicate(timeout=120)
     assert process.returncode == 130 and b"Traceback" not in error and b"decode state" in error
