@@ -83,10 +83,12 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 
 namespace emulator {
 
+constexpr int STACK = 1 << 16;  // bytes
+
 struct Fiber {
     ucontext_t context;  // how it begins; afterwards jumps are used, which need no system call
     jmp_buf place;
-    std::vector<char> stack = std::vector<char>(1 << 16);
+    char* stack = (char*)std::malloc(STACK);  // not zeroed: what is never touched takes no memory
     dim3 index;
     bool begun = false, done;
 };
@@ -165,8 +167,8 @@ inline void add_fiber()
     fibers.emplace_back();
     Fiber& fiber = fibers.back();
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = STACK;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
 }
