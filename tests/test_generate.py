@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -269,7 +270,8 @@ def test_sample_ends_cleanly_on_interrupt(run_folder):
 
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "sample.py"), str(run_folder), "--prompt", "ab", "--tokens", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, preexec_fn=listen)
     assert process.stdout.read(2) == b"ab"  # it is past its imports and writing
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=120)
