@@ -1,8 +1,9 @@
 """Softmax attention on tensor cores on one GPU in bfloat16, forward and backward, and variants of each kernel.
 
-    python bench/gpu_attention.py --shape train long [--variants] [--hopper] [--peer]
+    python bench/gpu_attention.py --shape train wider full long [--variants] [--hopper] [--peer]
 
-train: B 32, T 1024, H 12, G 4, D 64, window 256.  long: B 1, T 32768, H 28, G 4, D 128, window 4096 (the 7B).
+train: B 32, T 1024, H 12, G 4, D 64, window 256.  wider: the same heads, B 4, T 8192, window 1024.  full: as train,
+all of the text.  long: B 1, T 32768, H 28, G 4, D 128, window 4096 (the 7B).
 Median of 20 with a cold cache.  TFLOP/s count what the visible pairs need: 4 D a pair forward, 10 D backward (the
 kernels do 14 D); the share is of a bfloat16 product of 8192 x 8192 x 8192 on this GPU.  A variant is another
 instantiation of a kernel, compiled from an edited source, under other tilings; one whose results differ from the
@@ -33,7 +34,12 @@ from minisb.backend import choose  # noqa: E402
 from minisb.launchers import attention as twins  # noqa: E402
 from minisb.launchers.attention import Tiling  # noqa: E402
 
-SHAPES = {"train": (32, 1024, 12, 4, 64, 256), "long": (1, 32768, 28, 4, 128, 4096)}
+SHAPES = {
+    "train": (32, 1024, 12, 4, 64, 256),
+    "wider": (4, 8192, 12, 4, 64, 1024),
+    "full": (32, 1024, 12, 4, 64, 1024),
+    "long": (1, 32768, 28, 4, 128, 4096),
+}
 STEM = "attention_fast"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -191,7 +197,7 @@ def variants(problem, name, peak, found):
 def hopper(problem, peak, found):
     """Each kernel for Hopper as it is and in its variants, against the result of mma's."""
     be, D = problem.be, problem.shape[4]
-    default, twins.HOPPER = twins.HOPPER, frozenset()
+    default, twins.HOPPER = twins.HOPPER, {}
     folder = Path(tempfile.mkdtemp())
     options = (*kernels.OPTIONS, f"--gpu-architecture={be.device.target}", "-DREAL_bfloat16")
 
@@ -216,11 +222,11 @@ def hopper(problem, peak, found):
             be.device._prepare(*key)
         usual = be.device._ready[key], twins.HOPPER_STAGES[name, D]
         be.device._ready[key] = cupy.RawModule(path=str(path)).get_function(key[0]), usual[0][1]
-        twins.HOPPER_STAGES[name, D], twins.HOPPER = stages, {name}
+        twins.HOPPER_STAGES[name, D], twins.HOPPER = stages, {(name, D): 1}
         for x in problem.results(name):
             x.view("uint16").fill(0x7FC0)  # NaN
         label = f"hopper {name} {' '.join(map(str, arguments))}"
-        assert twins._hopper(be, name, D), label
+        assert twins._hopper(be, name, D, problem.shape[5]), label
         ms = milliseconds(getattr(problem, name))
         right = "" if agree(problem.results(name), expected) else "  WRONG"
         rate = problem.needed[name] / ms / 1e9
@@ -229,7 +235,7 @@ def hopper(problem, peak, found):
         if not right:
             best[name] = min(ms, best.get(name, ms))
         be.device._ready[key], twins.HOPPER_STAGES[name, D] = usual
-        twins.HOPPER = frozenset()
+        twins.HOPPER = {}
     twins.HOPPER = default
     total = sum(best.values())
     print(f"hopper, the best of each: {total:.3f} ms, " + " ".join(f"{name} {ms:.3f}" for name, ms in best.items()))

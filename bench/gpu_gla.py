@@ -1,8 +1,8 @@
 """Gated linear attention on one GPU in bfloat16: milliseconds forward and backward, by variants, beside memory's speed.
 
-    python bench/gpu_gla.py [--parts] [--peer]
+    python bench/gpu_gla.py [--row heads grouped 7b] [--parts] [--peer]
 
-Rows: a training batch (B 32, T 1024, H 12, D 64, with 12 and with 4 key heads), and one layer of the 7B over a
+Rows: a training batch (B 32, T 1024, H 12, D 64) with 12 and with 4 key heads, and one layer of the 7B over a
 long text (B 1, T 32768, H 28, G 4, D 128).  The states that backward needs are saved, as in training.  Median of
 20 with a cold cache; bytes are inputs, outputs and saved states once; the copy is what this GPU reaches.
 
@@ -28,7 +28,7 @@ from minisb.backend import choose  # noqa: E402
 from minisb.launchers import linear_attention  # noqa: E402
 from minisb.ops.gla import gla_backward, gla_forward  # noqa: E402
 
-ROWS = ((32, 1024, 12, 12, 64), (32, 1024, 12, 4, 64), (1, 32768, 28, 4, 128))
+ROWS = {"heads": (32, 1024, 12, 12, 64), "grouped": (32, 1024, 12, 4, 64), "7b": (1, 32768, 28, 4, 128)}
 FORWARD = {"walks": 1, "chunks": 1 << 30}  # how many states are many
 
 
@@ -112,6 +112,7 @@ def peer(shape, ours) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--row", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--parts", action="store_true", help="each kernel by itself")
     parser.add_argument("--peer", action="store_true", help="flash-linear-attention too")
     args = parser.parse_args()
@@ -119,12 +120,11 @@ def main():
     reach = copy_rate()
     print(f"{why}\ncopy: {reach:.0f} GB/s")
     found = {"device": be.device.describe(), "copy_gb_s": reach}
-    for shape in ROWS:
-        name = "B {} T {} H {} G {} D {}".format(*shape)
-        found[name] = ours(be, shape, reach, args.parts)
+    for name in args.row:
+        found[name] = ours(be, ROWS[name], reach, args.parts)
         cupy.get_default_memory_pool().free_all_blocks()
         if args.peer:
-            found[name] |= peer(shape, found[name])
+            found[name] |= peer(ROWS[name], found[name])
     print(json.dumps(found))
 
 

@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_hopper_backward_k
     real* dv, int T, int S, int H, int G, int window, wide scale)
 {
 #if HOPPER
-    backward_kv<64, 2>(d_o, q, k, v, lse2, delta, dk, dv, T, S, H, G, window, scale);
+    backward_kv<64, 4>(d_o, q, k, v, lse2, delta, dk, dv, T, S, H, G, window, scale);
 #endif
 }
 
@@ -214,6 +214,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_hopper_backward_k
     real* dv, int T, int S, int H, int G, int window, wide scale)
 {
 #if HOPPER
-    backward_kv<128, 2>(d_o, q, k, v, lse2, delta, dk, dv, T, S, H, G, window, scale);
+    backward_kv<128, 4>(d_o, q, k, v, lse2, delta, dk, dv, T, S, H, G, window, scale);
 #endif
 }

@@ -211,6 +211,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_hopper_backward_q
     wide* delta, int T, int S, int H, int G, int window, wide scale, int tiles)
 {
 #if HOPPER
-    backward_q<128, 4>(d_o, q, k, v, o, lse, dq, lse2, delta, T, S, H, G, window, scale, tiles);
+    backward_q<128, 6>(d_o, q, k, v, o, lse, dq, lse2, delta, T, S, H, G, window, scale, tiles);
 #endif
 }

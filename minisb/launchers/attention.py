@@ -37,8 +37,16 @@ class Tiling:
         return heads, tiles
 
 
-#: Which of "forward", "backward_q" and "backward_kv" a Hopper GPU takes from cuda/attention_hopper*.cu.
-HOPPER = frozenset()
+#: By kernel and head size, the smallest window for which a Hopper GPU takes cuda/attention_hopper*.cu: what
+#: bench/gpu_attention.py --hopper measured.  Short windows leave a block of 128 rows with too little to do.
+HOPPER = {
+    ("forward", 64): 512,
+    ("forward", 128): 1,
+    ("backward_q", 64): 1,
+    ("backward_q", 128): 1,
+    ("backward_kv", 64): 1,
+    ("backward_kv", 128): 1,
+}
 
 #: By kernel and head size; bench/gpu_attention.py times others.
 TILINGS = {
@@ -130,7 +138,7 @@ def _rows(D: int, count: int) -> int:
 
 
 def _forward_fast(be, q, k, v, o, lse, window, scale):
-    if _hopper(be, "forward", q.shape[3]):
+    if _hopper(be, "forward", q.shape[3], min(window, k.shape[1])):
         return _forward_hopper(be, q, k, v, o, lse, window, scale)
     T, S, H, G, D, window = _sizes(q, k, window)
     tiling, shared = TILINGS["forward", D], _stages(D)
@@ -153,7 +161,7 @@ def _backward_q_fast(be, do, q, k, v, o, lse, dq, window, scale):
     """Writes dq -> what the other kernel wants of each query: lse2, delta (B,H,P), P is T rounded up to a STAGE."""
     T, S, H, G, D, window = _sizes(q, k, window)
     lse2, delta = (be.xp.empty((q.shape[0], H, -(-T // STAGE) * STAGE), "float32") for _ in range(2))
-    if _hopper(be, "backward_q", D):
+    if _hopper(be, "backward_q", D, window):
         _backward_q_hopper(be, do, q, k, v, o, lse, dq, lse2, delta, window, scale)
         return lse2, delta
     tiling = TILINGS["backward_q", D]
@@ -165,7 +173,7 @@ def _backward_q_fast(be, do, q, k, v, o, lse, dq, window, scale):
 
 
 def _backward_kv_fast(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
-    if _hopper(be, "backward_kv", q.shape[3]):
+    if _hopper(be, "backward_kv", q.shape[3], min(window, k.shape[1])):
         return _backward_kv_hopper(be, do, q, k, v, lse2, delta, dk, dv, window, scale)
     T, S, H, G, D, window = _sizes(q, k, window)
     tiling = TILINGS["backward_kv", D]
@@ -186,14 +194,15 @@ HOPPER_STAGES = {
     ("forward", 64): (128, 2),
     ("forward", 128): (128, 2),
     ("backward_q", 64): (64, 4),
-    ("backward_q", 128): (64, 4),
-    ("backward_kv", 64): (STAGE, 2),
-    ("backward_kv", 128): (STAGE, 2),
+    ("backward_q", 128): (64, 6),
+    ("backward_kv", 64): (STAGE, 4),
+    ("backward_kv", 128): (STAGE, 4),
 }
 
 
-def _hopper(be, name: str, D: int) -> bool:
-    return name in HOPPER and be.device.target == "sm_90a" and _hopper_bytes(name, D) <= be.device.shared_bytes
+def _hopper(be, name: str, D: int, window: int) -> bool:
+    shortest = HOPPER.get((name, D), math.inf)
+    return shortest <= window and be.device.target == "sm_90a" and _hopper_bytes(name, D) <= be.device.shared_bytes
 
 
 def _hopper_bytes(name: str, D: int) -> int:
