@@ -33,7 +33,7 @@ def assert_same_bits(a, b):
     np.testing.assert_array_equal(bits(a), bits(b))
 
 
-@pytest.fixture(params=["portable", "avx2"])
+@pytest.fixture(params=["portable", "avx2", "avxvnni", "avx512vnni"])
 def path(request):
     """Each set of instructions that this processor has, in turn."""
     backend_of("cpu", "w8aspike_linear")
