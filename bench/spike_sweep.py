@@ -29,13 +29,14 @@ from minisb.backend import choose  # noqa: E402
 from minisb.config import preset  # noqa: E402
 from minisb.data import default_tokenizer, load_tokens  # noqa: E402
 from minisb.errors import MinisbError  # noqa: E402
+from minisb.evaluate import whole_windows  # noqa: E402
 from minisb.meter import mean_loss, measure  # noqa: E402
 from minisb.model import SpikingBrain, specs  # noqa: E402
 from minisb.ops.linear import linear_backward  # noqa: E402
 from minisb.ops.spike import spike_forward  # noqa: E402
 from minisb.optim import update  # noqa: E402
 from minisb.params import ParamStore  # noqa: E402
-from minisb.train import Trainer, TrainSettings, describe_data, whole_windows  # noqa: E402
+from minisb.train import Trainer, TrainSettings, describe_data  # noqa: E402
 
 KS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 BROKEN_K, BROKEN = 0.5, ("zero gradient", "dW with x")

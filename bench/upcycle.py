@@ -25,11 +25,12 @@ from minisb import checkpoint, cli
 from minisb.backend import CpuBackend
 from minisb.config import PRESETS, preset
 from minisb.data import default_tokenizer, load_tokens
+from minisb.evaluate import FINAL_TOKENS, GLANCE_TOKENS, evaluate, whole_windows
 from minisb.model import SpikingBrain
 from minisb.optim import update
 from minisb.params import count
 from minisb.plots import BLUE, GREY, ORANGE, _pyplot, _save
-from minisb.train import FINAL_TOKENS, GLANCE_TOKENS, TrainSettings, evaluate, resume, start, whole_windows
+from minisb.train import TrainSettings, resume, start
 from minisb.upcycle import begin, mismatch, upcycled_config, upcycled_store
 
 SIDES = ("dense", "upcycled")

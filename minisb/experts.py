@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from minisb.config import Config
-from minisb.layers import Context, SwiGLU, projections
+from minisb.layers import SwiGLU
 from minisb.ops.linear import add
 from minisb.ops.moe import (
     balance_loss,
@@ -30,6 +30,7 @@ from minisb.ops.moe import (
 from minisb.ops.spike import spike_count, spike_forward
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward
 from minisb.params import ParamStore, Spec
+from minisb.projections import Context, projections
 from minisb.quantized import GATE_UP, QuantizedStore, input_name, tap_counts
 
 ROUTER_STD = 1e-3  # near zero, so that all experts begin alike; never zero: of equals the first would take all

@@ -8,9 +8,9 @@ import math
 from minisb import checkpoint
 from minisb.data import eval_batches, load_tokens
 from minisb.errors import MinisbError
+from minisb.evaluate import FINAL_TOKENS, whole_windows
 from minisb.experts import Loads
 from minisb.model import SpikingBrain
-from minisb.train import FINAL_TOKENS, whole_windows
 
 HELP = "how many tokens each expert of a run gets, on its validation text"
 

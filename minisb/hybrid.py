@@ -7,9 +7,10 @@ with shared_projections the two read one q, k, v (through the sigmoid here, thro
 from __future__ import annotations
 
 from minisb.config import Config
-from minisb.layers import Context, GatedLinearAttention, Mixer, SoftmaxAttention, input_specs
+from minisb.layers import GatedLinearAttention, Mixer, SoftmaxAttention, input_specs
 from minisb.ops.linear import add
 from minisb.params import ParamStore, Spec
+from minisb.projections import Context
 from minisb.state import PairState
 
 

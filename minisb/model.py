@@ -6,12 +6,13 @@ from minisb.config import Config, spikes_by_layer
 from minisb.errors import MinisbError
 from minisb.experts import MixtureOfExperts
 from minisb.hybrid import ParallelHybrid, SharedHybrid
-from minisb.layers import Context, GatedLinearAttention, SoftmaxAttention, SwiGLU
+from minisb.layers import GatedLinearAttention, SoftmaxAttention, SwiGLU
 from minisb.ops.cross_entropy import counted, cross_entropy, total_loss
 from minisb.ops.embedding import embedding_backward, embedding_forward
 from minisb.ops.norm import add_rmsnorm_backward, add_rmsnorm_forward, rmsnorm_forward
 from minisb.ops.rope import rope_table
 from minisb.params import ParamStore, Spec
+from minisb.projections import Context
 from minisb.quantized import Int8Matrix, QuantizedStore
 from minisb.state import DecodeState
 

@@ -9,8 +9,8 @@ import math
 from minisb import checkpoint, energy
 from minisb.data import load_tokens
 from minisb.errors import MinisbError
+from minisb.evaluate import whole_windows
 from minisb.meter import QUANTITIES, REPORT_SPARSITY, mean_loss, measure
-from minisb.train import whole_windows
 
 HELP = "measure the spikes of a run: counts, codes, sparsity, loss over k, energy"
 DEFAULT_K, DEFAULT_TOKENS = (2.0, 2.5, 3.0, 3.5, 4.0), 16384

@@ -21,10 +21,11 @@ from minisb import checkpoint
 from minisb.config import Config
 from minisb.data import load_tokens
 from minisb.errors import MinisbError
+from minisb.evaluate import GLANCE_TOKENS, evaluate, whole_windows
 from minisb.gradcheck import relative_rms
 from minisb.model import SpikingBrain, specs
 from minisb.params import ParamStore, count
-from minisb.train import GLANCE_TOKENS, TrainSettings, evaluate, intervals, whole_windows
+from minisb.train import TrainSettings, intervals
 
 HELP = "turn the feed-forward networks of a run into mixtures of experts"
 MATRICES = ("gate_proj", "up_proj", "down_proj")

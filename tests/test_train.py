@@ -242,7 +242,7 @@ def test_evaluation_reads_small_batches_together(monkeypatch):
     monkeypatch.setattr(model, "loss", lambda x, *rest: shapes.append(x.shape) or original(x, *rest))
     found = {}
     for budget in (5, 70, 10**6):
-        monkeypatch.setattr(train, "PASS_TOKENS", budget)
+        monkeypatch.setattr("minisb.evaluate.PASS_TOKENS", budget)
         found[budget] = evaluate(model, tokens)
     one_by_two, by_four, whole = 2 * [(2, 16)] * 5, 2 * [(4, 16), (4, 16), (2, 16)], 2 * [(10, 16)]
     assert shapes == one_by_two + by_four + whole
