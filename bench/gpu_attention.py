@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import milliseconds, torch_milliseconds  # noqa: E402
+from gpu_timing import milliseconds, product_rate, torch_milliseconds  # noqa: E402
 
 from minisb import kernels  # noqa: E402
 from minisb.backend import choose  # noqa: E402
@@ -98,13 +98,6 @@ HOPPER_VARIANTS = {
     ("backward_kv", 64): [((n,), (64, n)) for n in (2, 3, 4)],
     ("backward_kv", 128): [((n,), (64, n)) for n in (2, 3, 4)],
 }  # fmt: skip
-
-
-def reach(be) -> float:
-    """TFLOP/s of a large product, on random numbers."""
-    a, b = (cupy.random.standard_normal((8192, 8192), dtype="float32").astype(BFLOAT16) for _ in range(2))
-    out = cupy.empty_like(a)
-    return 2 * 8192**3 / milliseconds(lambda: be.gemm(a, b, out=out)) / 1e9
 
 
 def source(kernel, arguments) -> str:
@@ -292,7 +285,7 @@ def main():
     parser.add_argument("--peer", action="store_true", help="time PyTorch's flex_attention too")
     args = parser.parse_args()
     be, why = choose("cuda")
-    peak = reach(be)
+    peak = product_rate(be)
     print(f"{why}\nproduct of 8192 x 8192 x 8192: {peak:.0f} TFLOP/s")
     results = {"device": be.device.describe(), "product_tflops": peak}
     for shape in args.shape:

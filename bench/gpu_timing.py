@@ -2,6 +2,8 @@
 
 import cupy
 
+from minisb.kernels import element
+
 ROUNDS = 20
 
 
@@ -46,3 +48,10 @@ def copy_rate() -> float:
     big = cupy.zeros(1 << 28, "float32")
     other = cupy.empty_like(big)
     return 2 * big.nbytes / milliseconds(lambda: cupy.copyto(other, big)) / 1e6
+
+
+def product_rate(be, dtype: str = "bfloat16") -> float:
+    """TFLOP/s of a product of 8192 x 8192 x 8192, on random numbers."""
+    a, b = (cupy.random.standard_normal((8192, 8192), dtype="float32").astype(element(dtype)) for _ in range(2))
+    out = cupy.empty_like(a)
+    return 2 * 8192**3 / milliseconds(lambda: be.gemm(a, b, out=out)) / 1e9

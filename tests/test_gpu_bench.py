@@ -16,6 +16,7 @@ from test_model import TINY
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 gpu_train = importlib.import_module("gpu_train")
 gpu_profile = importlib.import_module("gpu_profile")
+gpu_ops = importlib.import_module("gpu_ops")
 
 
 class Clock:
@@ -214,3 +215,13 @@ def test_our_side_on_a_gpu(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "graph_error" not in found and found["recorded"]["tok_per_s"] > 0 and "products by shape" in text
     assert SimpleNamespace(**found["memory"]).alive_gib <= SimpleNamespace(**found["memory"]).pool_gib
+
+
+def test_every_row_of_the_operations_runs_and_its_launches_are_seen():
+    be, tiny = emulated(), SimpleNamespace(B=2, T=8, C=16, H=4, G=2, D=8, W=4, F=12, V=20, params=30)
+    seen = {}
+    for row in gpu_ops.Rows(be, "float32", tiny):
+        seen[row.name] = [name for name, *_ in gpu_ops.launches(be, row.call)]
+        assert row.bytes > 0 and "launch" not in vars(be.device)
+    assert seen["rope_backward"] == ["rope_backward"] and "attention_forward" in seen["attention_forward"]
+    assert all(launched for name, launched in seen.items() if name != "copy" and not name.startswith("linear"))
