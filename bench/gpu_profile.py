@@ -55,14 +55,15 @@ class Profile:
 
     def __enter__(self):
         self.natives, self.gemm, self.launch = self.be.natives, self.be.gemm, self.be.launch
+        self.gemm_with = self.be.gemm_with
         self.be.natives = {name: self._named("op", name, twin) for name, twin in self.natives.items()}
-        self.be.gemm, self.be.launch = self._gemm, self._launch
+        self.be.gemm, self.be.gemm_with, self.be.launch = self._gemm, self._gemm_with, self._launch
         for method, phase in PHASES.items() if self.model else ():
             setattr(self.model, method, self._named("phase", phase, getattr(self.model, method)))
         return self
 
     def __exit__(self, *_):
-        self.be.natives, self.be.gemm = self.natives, self.gemm
+        self.be.natives, self.be.gemm, self.be.gemm_with = self.natives, self.gemm, self.gemm_with
         del self.be.launch  # the class's own shows again
         for method in PHASES if self.model else ():
             delattr(self.model, method)
@@ -94,14 +95,26 @@ class Profile:
         size = sum(a.size * a.itemsize for a in arrays if hasattr(a, "itemsize") and hasattr(a, "strides") and a.ndim)
         self._record(kernel, size, 0, self.launch, kernel, like, blocks, threads, *args, **options)
 
-    def _gemm(self, a, b, out=None, ta=False, tb=False, accumulate=False):
+    def _gemm(self, *args, **how):
+        return self._product(self.gemm, "", *args, **how)
+
+    def _gemm_with(self, *args, **how) -> bool:
+        if self.be.device.fused is None:
+            return False
+        done = self._product(self.gemm_with, " with sums" if how.get("bias") is None else " with bias", *args, **how)
+        if not done:  # what takes its place is recorded next
+            self.records.pop()
+        return done
+
+    def _product(self, function, more: str, a, b, out=None, ta=False, tb=False, accumulate=False, **vectors):
         m, k = a.shape[::-1] if ta else a.shape
         n = b.shape[0] if tb else b.shape[1]
         written = a.dtype if out is None else out.dtype
         size = (a.size + b.size) * a.itemsize + m * n * written.itemsize * (1 + accumulate)
         letters = f"{'T' if ta else 'N'}{'T' if tb else 'N'}"
-        name = f"gemm {m} x {n} x {k} {letters} -> {written.name}{' +=' * accumulate}"
-        return self._record(name, size, 2 * m * n * k, self.gemm, a, b, out=out, ta=ta, tb=tb, accumulate=accumulate)
+        name = f"gemm {m} x {n} x {k} {letters} -> {written.name}{' +=' * accumulate}{more}"
+        how = {"out": out, "ta": ta, "tb": tb, "accumulate": accumulate, **vectors}
+        return self._record(name, size, 2 * m * n * k, function, a, b, **how)
 
     # --- afterwards
 

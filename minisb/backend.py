@@ -126,7 +126,7 @@ class CudaBackend(Backend):
         for module in self.modules:
             self.natives.update({twin.__name__: twin for twin in launchers.MODULES[module]})
         self.natives = gpu.named_ranges(device, self.natives)
-        self.gemm = device.gemm
+        self.gemm, self.gemm_with = device.gemm, device.gemm_with
         # bfloat16 has the range of float32, and multiplies on tensor cores from this generation on.
         self.activations = "bfloat16" if int(device.target.strip("sm_a")) >= 80 else "float16"
 

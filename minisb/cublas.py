@@ -12,27 +12,27 @@ import functools
 from minisb.errors import MinisbError
 
 _NO, _TRANSPOSE = 0, 1
-_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # CUDA_R_32F, ...
+_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # CUDA_R_32F, ...
 _COMPUTE_32F, _COMPUTE_64F, _COMPUTE_TF32 = 68, 70, 77
 _DEFAULT_ALGORITHM = -1
 WORKSPACE = 32 << 20  # bytes; what NVIDIA asks for on Hopper, ample elsewhere
 
 
-def library() -> ctypes.CDLL:
-    """The cuBLAS that CuPy uses: already loaded, so its bare name finds it."""
+def library(name: str = "cublas") -> ctypes.CDLL:
+    """The cuBLAS that CuPy uses, or its cublasLt: already loaded, so the bare name finds it."""
     from cupy.cuda import device
 
     device.get_cublas_handle()  # loads it
     major = _cuda_major()
-    for name in (f"libcublas.so.{major}", f"cublas64_{major}.dll"):
+    for file in (f"lib{name}.so.{major}", f"{name}64_{major}.dll"):
         try:
-            return ctypes.CDLL(name)
+            return ctypes.CDLL(file)
         except OSError:
             continue
     try:  # CuPy's wheels know where pip put it
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        return ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
+        return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
     except Exception as error:
         raise MinisbError('cuBLAS was not found: pip install "cupy-cuda13x[ctk]" brings it.') from error
 
@@ -80,8 +80,8 @@ class Cublas:
             raise MinisbError(f"the product is {(m, n)}, out is {out.shape}.")
         if not out.size:
             return out
-        a, a_step, ta = self._rows(a, ta)
-        b, b_step, tb = self._rows(b, tb)
+        a, a_step, ta = self.rows(a, ta)
+        b, b_step, tb = self.rows(b, tb)
         double = a.dtype.itemsize == 8
         one, zero = self._factors[double]
         compute = _COMPUTE_64F if double else _COMPUTE_TF32 if self.tf32 else _COMPUTE_32F
@@ -89,18 +89,18 @@ class Cublas:
         # cuBLAS counts by columns: our rows are its columns, so it is asked for out^T = op(b)^T op(a)^T.
         status = self._gemm(
             self.handle, _TRANSPOSE if tb else _NO, _TRANSPOSE if ta else _NO, n, m, k, one,
-            b.data.ptr, _type(b.dtype), b_step, a.data.ptr, _type(a.dtype), a_step, one if accumulate else zero,
-            out.data.ptr, _type(out.dtype), _step(out), compute, _DEFAULT_ALGORITHM,
+            b.data.ptr, type_code(b.dtype), b_step, a.data.ptr, type_code(a.dtype), a_step, one if accumulate else zero,
+            out.data.ptr, type_code(out.dtype), step(out), compute, _DEFAULT_ALGORITHM,
         )  # fmt: skip
         self._check(status, "cublasGemmEx")
         return out
 
-    def _rows(self, x, transposed):
+    def rows(self, x, transposed):
         """x as a matrix whose rows have no gaps, the elements between rows, and the transposition left."""
         if x.shape[1] == 1 or x.strides[1] == x.itemsize:
-            return x, _step(x), transposed
+            return x, step(x), transposed
         if x.strides[0] == x.itemsize:  # a transposed view: its columns have no gaps
-            return x.T, _step(x.T), not transposed
+            return x.T, step(x.T), not transposed
         x = self.cupy.ascontiguousarray(x)
         return x, x.shape[1], transposed
 
@@ -121,14 +121,15 @@ class Cublas:
 
 
 @functools.cache
-def _type(dtype) -> int:
-    return _TYPES[dtype.name]
+def type_code(dtype) -> int:
+    """cudaDataType."""
+    return _CODES[dtype.name]
 
 
 def _shape(x, transposed):
     return x.shape[::-1] if transposed else x.shape
 
 
-def _step(x) -> int:
+def step(x) -> int:
     """Elements from one row to the next; any number does for a single row, if it is not too small."""
     return max(x.strides[0] // x.itemsize, x.shape[1]) if x.shape[0] > 1 else x.shape[1]

@@ -31,7 +31,7 @@ class Launcher:
     arguments are checked here, once, against the parameters of the kernel's own source text.
     """
 
-    xp = None
+    xp = fused = None
 
     def __init__(self):
         self._ready = {}
@@ -66,6 +66,10 @@ class Launcher:
             function(blocks, threads, packed, shared_mem=shared)
         else:
             function(blocks, threads, packed)
+
+    def gemm_with(self, *args, **kwargs) -> bool:
+        """A product with a bias or sums in its launch, see cublaslt.py; False where that cannot be."""
+        return bool(self.fused) and self.fused.gemm_with(*args, **kwargs)
 
     def _prepare(self, name: str, element):
         stem, _ = kernels.signatures()[name]
@@ -114,6 +118,7 @@ class Gpu(Launcher):
     def __init__(self):
         import cupy
 
+        from minisb import cublaslt
         from minisb.cublas import Cublas
 
         super().__init__()
@@ -121,7 +126,10 @@ class Gpu(Launcher):
         self.device = cupy.cuda.Device()
         self.compiler = kernels.CupyNvrtc()
         self.target = kernels.architecture(self.device.compute_capability, self.compiler.architectures())
-        self.gemm = Cublas(cupy).gemm
+        cublas = Cublas(cupy)
+        self.gemm, self.fused = cublas.gemm, cublaslt.beside(cublas)
+        if self.fused and self.fused.choose:
+            self.gemm = self.fused.gemm
         self.shared_bytes = self.device.attributes["MaxSharedMemoryPerBlockOptin"]
         self._null = np.uintp(0)
         self._cubins = {}  # (file stem, element type) -> path
