@@ -3,7 +3,7 @@
     python bench/gpu_products.py [--row 101m 25m] [--rounds 20]
 
 For every form of product in a step (rows x columns x sum, transposed or not -> written), milliseconds of a call:
-    gemm      cublasGemmEx, 32 MiB of workspace: today's path
+    gemm      cublasGemmEx, 32 MiB of workspace: what training uses
     lt        cuBLASLt, the first algorithm that it names; lt64: asked with 64 MiB
     best      the fastest of the 16 that it names (best64 likewise), which MINISB_TUNE=1 would choose; #: its place
     bias, sums    for projections with a bias: product and add_bias, or product, column_sums and add_slices, launched
