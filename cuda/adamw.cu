@@ -48,12 +48,18 @@ extern "C" __global__ void adamw(
     }
 }
 
-// partial[b] = sum of squares of block b's slice, in double.
-extern "C" __global__ void square_sums(const wide* g, double* partial, i64 N, i64 slice)
+// partial[b] = sum of squares of what block b takes, in double.
+extern "C" __global__ void square_sums(const wide* g, double* partial, i64 N)
 {
-    const i64 first = blockIdx.x * slice, end = first + slice < N ? first + slice : N;
+    const i64 fours = (unsigned long long)g % sizeof(Four) ? 0 : N / 4;
     double sum = 0;
-    for (i64 i = first + threadIdx.x; i < end; i += blockDim.x) sum += (double)g[i] * (double)g[i];
+    auto add = [&](double x) { sum += x * x; };
+#pragma unroll 4
+    for (EACH(n, fours)) {
+        const Four g4 = ((const Four*)g)[n];
+        for (int j = 0; j < 4; j++) add(g4.x[j]);
+    }
+    for (EACH(n, N - 4 * fours)) add(g[4 * fours + n]);
     sum = block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }

@@ -104,11 +104,29 @@ __device__ inline void store(real* x, const Pack<W>& pack)
     *(Pack<W>*)x = pack;
 }
 
+// As many wides as a pack has reals.
+template <int W>
+struct alignas(W == 1 ? sizeof(wide) : 16) Wides {
+    wide x[W];
+};
+
+template <int W>
+__device__ inline Wides<W> load_wides(const wide* x)
+{
+    return *(const Wides<W>*)x;
+}
+
+template <int W>
+__device__ inline void store(wide* x, const Wides<W>& wides)
+{
+    *(Wides<W>*)x = wides;
+}
+
 // Whether rows of C elements from these addresses on are whole packs; a null pointer is.
 __device__ inline bool packed(i64 C) { return C % PACK == 0; }
 
-template <typename... more>
-__device__ inline bool packed(i64 C, const real* x, const more*... others)
+template <typename number, typename... more>
+__device__ inline bool packed(i64 C, const number* x, const more*... others)
 {
     return (unsigned long long)x % 16 == 0 && packed(C, others...);
 }
@@ -196,6 +214,19 @@ __device__ inline number block_max(number x)
 #define LOWEST ((wide)-3e38f)
 
 // --- functions ------------------------------------------------------------------------------------
+
+// e^x by the unit for it, where wide is float: off by 1e-7 (2 + |x|), and 0 below 1e-38.
+__device__ inline double quick_exp(double x) { return exp(x); }
+__device__ inline float quick_exp(float x)
+{
+#ifdef EMULATED
+    return exp(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
+#endif
+}
 
 // 1 / (1 + e^-x) without overflow on either side: e^-|x| never exceeds 1.
 __device__ inline wide sigmoid(wide x)

@@ -23,18 +23,23 @@ extern "C" __global__ void column_sums(
     }
 }
 
-// total[j] += the sum of partial[:, j].  Grid: a block has 32 columns, a thread every 32nd slice of one.
+// total[j] += the sum of partial[:, j].  Grid: a block has 32 columns, a thread every 32nd slice of one; it asks for 16
+// at once, as there is little to add and much to wait for.  Then a warp adds a column's 32 sums.
 extern "C" __global__ void add_slices(const wide* partial, wide* total, int slices, int J)
 {
     __shared__ wide sums[32][33];
-    const int j = blockIdx.x * 32 + threadIdx.x;
+    const int j = blockIdx.x * 32 + threadIdx.x, column = blockIdx.x * 32 + threadIdx.y;
     wide sum = 0;
-    if (j < J)
-        for (int s = threadIdx.y; s < slices; s += 32) sum += partial[(i64)s * J + j];
+    for (int start = threadIdx.y; start < slices; start += 16 * 32) {
+        wide some[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            some[i] = j < J && start + 32 * i < slices ? partial[(i64)(start + 32 * i) * J + j] : 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) sum += some[i];
+    }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y == 0 && j < J) {
-        for (int i = 1; i < 32; i++) sum += sums[i][threadIdx.x];
-        total[j] += sum;
-    }
+    sum = warp_sum(sums[threadIdx.x][threadIdx.y]);
+    if (threadIdx.x == 0 && column < J) total[column] += sum;
 }

@@ -27,6 +27,7 @@
 
 using std::exp;
 using std::fabs;
+using std::fmax;
 using std::log;
 using std::log1p;
 using std::rint;
@@ -64,6 +65,12 @@ inline int atomicMax(int* x, int y)
 {
     const int old = *x;
     *x = std::max(old, y);
+    return old;
+}
+inline int atomicExch(int* x, int y)
+{
+    const int old = *x;
+    *x = y;
     return old;
 }
 inline int atomicAdd(int* x, int y) { return (*x += y) - y; }

@@ -13,10 +13,13 @@ from op_cases import CASES, attend, linear_attend
 from minisb import gradcheck
 from minisb.backend import CudaBackend
 from minisb.gradcheck import relative_rms
+from minisb.launchers import dense
+from minisb.launchers.grid import add_slices
 from minisb.ops.adamw import adamw, grad_norm
 from minisb.ops.attention import attention_forward, attention_step
-from minisb.ops.cross_entropy import IGNORE, cross_entropy
+from minisb.ops.cross_entropy import IGNORE, counted, cross_entropy, total_loss
 from minisb.ops.embedding import embedding_backward, embedding_forward
+from minisb.ops.gate import log_gate_backward, log_gate_forward
 from minisb.ops.gla import gla_backward, gla_forward, gla_step
 from minisb.ops.linear import linear_backward, linear_forward
 from minisb.ops.rope import rope_forward, rope_table
@@ -42,6 +45,13 @@ def slow_here(cuda, case, T: int) -> bool:
 def plain(cuda):
     """The reference, on arrays of the same kind."""
     return CudaBackend(cuda.device, "none")
+
+
+def dtype_of(element: str):
+    """The dtype of that name; ml_dtypes has the bfloat16."""
+    if element == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(element)
 
 
 def make(case, T, dtype):
@@ -192,6 +202,62 @@ def test_loss_of_large_masked_and_strided_logits(cuda, N, V):
         assert np.array_equal(here(on_device)[:, 4 + V :], wide[:, 4 + V :])
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 10, 64 << 10])
+@pytest.mark.parametrize("V", [1, 7, 1000, 4104])
+@pytest.mark.parametrize("element", ["bfloat16", "float16", "float64"])
+def test_a_row_of_logits_is_kept_or_read_again(cuda, monkeypatch, element, V, kept):
+    """Whole rows in shared memory, parts, none; rows of whole packs or not, side by side or apart."""
+    monkeypatch.setattr(dense, "LOSS_KEPT", kept)
+    monkeypatch.setattr(dense, "LOSS_THREADS", 128)  # so that rows need several rounds
+    rng = np.random.default_rng(V)
+    for gap in (0, 8, 3):
+        wide = (4 * rng.standard_normal((4, V + gap))).astype(dtype_of(element))
+        z, targets = wide[:, :V].astype(np.float64), np.array([0, V - 1, IGNORE, V // 2])
+        p = np.exp(z - z.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        counted = targets != IGNORE
+        losses = np.where(counted, -np.log(p[np.arange(4), targets]), 0)
+        p[np.arange(4), targets] -= 1
+        on_device = there(cuda, wide)
+        got = here(cross_entropy(cuda, on_device[:, :V], targets, 0.5))
+        exact = element == "float64"
+        np.testing.assert_allclose(got, losses, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-5)
+        want = (0.5 * p * counted[:, None]).astype(dtype_of(element)).astype(np.float64)
+        rounding = {"bfloat16": 2**-7, "float16": 2**-10, "float64": 1e-12}[element]  # a last bit
+        np.testing.assert_allclose(here(on_device)[:, :V].astype(np.float64), want, rtol=rounding, atol=1e-6)
+        assert np.array_equal(here(on_device)[:, V:], wide[:, V:])
+
+
+@pytest.mark.parametrize("N", [1, 1023, 40_000])
+def test_losses_are_summed_and_targets_counted(cuda, N):
+    rng = np.random.default_rng(N)
+    losses, targets = rng.random(N).astype(np.float32), rng.integers(-1, 3, N).astype(np.int32)
+    assert float(total_loss(cuda, there(cuda, losses))) == pytest.approx(losses.sum(dtype=np.float64), rel=1e-13)
+    assert float(counted(cuda, there(cuda, targets))) == max((targets != IGNORE).sum(), 1)
+    assert float(counted(cuda, there(cuda, np.full(N, IGNORE)))) == 1
+
+
+@pytest.mark.parametrize("slices, C", [(1, 1), (31, 33), (700, 70)])
+def test_slices_are_added(cuda, slices, C):
+    rng = np.random.default_rng(0)
+    partial, total = rng.standard_normal((slices, C)), rng.standard_normal(C)
+    found = there(cuda, total)
+    add_slices(cuda, partial, there(cuda, partial), found)
+    assert relative_rms(here(found), total + partial.sum(0)) < 1e-13
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [7, 2000])
+def test_the_gate_in_packs(cuda, element, size):
+    rng = np.random.default_rng(0)
+    z = np.concatenate([[-100.0, 0.0, 20.0, 100.0], 5 * rng.standard_normal(size - 4)]).astype(dtype_of(element))
+    dlog_g, exact = rng.standard_normal(size).astype(np.float32), z.astype(np.float64)
+    log_g, saved = log_gate_forward(cuda, there(cuda, z), 16.0)
+    np.testing.assert_allclose(here(log_g), -np.logaddexp(0, -exact) / 16, rtol=1e-5, atol=1e-30)
+    dz = here(log_gate_backward(cuda, there(cuda, dlog_g), saved)).astype(np.float64)
+    assert relative_rms(dz, dlog_g / (1 + np.exp(exact)) / 16) < {"bfloat16": 4e-3, "float16": 5e-4}.get(element, 1e-6)
+
+
 def test_what_lies_outside_the_vocabulary_shows_as_nan(cuda):
     losses = cross_entropy(cuda, cuda.xp.zeros((3, 5)), np.array([0, 5, IGNORE]))
     assert np.isnan(here(losses)).tolist() == [False, True, False]
@@ -199,17 +265,41 @@ def test_what_lies_outside_the_vocabulary_shows_as_nan(cuda):
     assert np.isnan(here(x)).all(-1).tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("C, N", [(7, 600), (300, 70)])
-def test_a_token_seen_often_gets_every_contribution_in_order(cuda, C, N):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 5, (2, N)).astype(np.int32)
-    tokens[0, : N // 2] = 2
-    dx, before = rng.standard_normal((2, N, C)).astype(np.float32), rng.standard_normal((6, C)).astype(np.float32)
-    want, found = before.copy(), there(cuda, before)
-    for token, row in zip(tokens.ravel(), dx.reshape(-1, C), strict=True):
+def embedding_sums(tokens, dx, before):
+    """In the order of the text, from what the gradient holds already."""
+    want = before.copy()
+    for token, row in zip(tokens.ravel(), dx.reshape(-1, dx.shape[-1]), strict=True):
         want[token] += row
+    return want
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+@pytest.mark.parametrize("C", [7, 72, 320])
+def test_a_rare_token_gets_every_contribution_in_order(cuda, C, element):
+    rng = np.random.default_rng(0)
+    tokens = np.concatenate([np.repeat(np.arange(1, 33), np.arange(1, 33)), rng.integers(40, 90, 32)])  # up to 32 times
+    tokens = rng.permutation(tokens).astype(np.int32)[None]
+    dx = rng.standard_normal((1, tokens.size, C)).astype(dtype_of(element))
+    before = rng.standard_normal((90, C)).astype(np.float32)
+    found = there(cuda, before)
     embedding_backward(cuda, there(cuda, dx), there(cuda, tokens), found)
-    assert np.array_equal(here(found), want)
+    assert np.array_equal(here(found), embedding_sums(tokens, dx.astype(np.float32), before))
+
+
+@pytest.mark.parametrize("C, N, element", [(7, 600, "float32"), (24, 4500, "bfloat16"), (320, 70, "bfloat16")])
+def test_a_frequent_token_gets_every_contribution_and_the_same_bits_again(cuda, C, N, element):
+    """33 places are too many for a warp, 32 are not; there is a token for each, one everywhere else, some alone."""
+    rng = np.random.default_rng(0)
+    tokens = rng.permutation(np.repeat([0, 1, 2, 3, 4], [33, 32, 1, 0, 2 * N - 66])).astype(np.int32).reshape(2, N)
+    dx = rng.standard_normal((2, N, C)).astype(dtype_of(element))
+    before = rng.standard_normal((6, C)).astype(np.float32)
+    results = []
+    for _ in range(2):  # in emulation threads come in the other order
+        results.append(there(cuda, before))
+        embedding_backward(cuda, there(cuda, dx), there(cuda, tokens), results[-1])
+    want = embedding_sums(tokens, dx.astype(np.float64), before.astype(np.float64))
+    assert relative_rms(here(results[0]), want) < 1e-6
+    assert here(results[0]).tobytes() == here(results[1]).tobytes()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

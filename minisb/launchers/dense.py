@@ -8,7 +8,6 @@ from minisb import cublaslt
 from minisb.gpu import THREADS, Rows
 from minisb.launchers.grid import (
     MULTIPROCESSORS,
-    SLICES,
     WARPS,
     add_slices,
     contiguous,
@@ -101,6 +100,8 @@ def linear_backward(be, dy, x, w, dw, db=None, dx=None):
 
 # --- one element or one row at a time
 
+RARE_TOKEN = 32  # places of a token that a warp looks after alone: RARE of cuda/embedding.cu
+
 
 def spike_forward(be, x, k):
     (x,) = contiguous(be, x)
@@ -121,9 +122,15 @@ def embedding_forward(be, tokens, table):
 def embedding_backward(be, dx, tokens, dtable):
     (dx,) = contiguous(be, dx)
     tokens = int32(be, tokens)
-    found = be.xp.zeros((2, dtable.shape[0]), "int32")
-    each(be, "embedding_places", dx, tokens.size, tokens, found, tokens.size, dtable.shape[0])
-    be.launch("embedding_backward", dx, tokens.size, THREADS, dx, tokens, found, dtable, tokens.size, *dtable.shape)
+    (V, C), N = dtable.shape, tokens.size
+    most = N // (RARE_TOKEN + 1)  # tokens that are not rare
+    found, before = be.xp.zeros(V + 1 + most, "int32"), be.xp.empty(N, "int32")
+    last, frequent = found[:V], found[V:]
+    each(be, "embedding_places", dx, N, tokens, last, before, N, V)
+    each_warp = -(-N // 8), THREADS
+    be.launch("embedding_backward", dx, *each_warp, dx, tokens, last, before, frequent, dtable, N, V, C)
+    blocks = min(most, 2 * MULTIPROCESSORS), -(-C // (32 * 16 // dx.itemsize))
+    be.launch("embedding_frequent", dx, blocks, 512, dx, tokens, frequent, dtable, N, C)
 
 
 def swiglu_forward(be, gate_up):
@@ -197,6 +204,9 @@ def rope_backward(be, dq, dk, dv, cos, sin, dqkv):
     return dqkv
 
 
+LOSS_THREADS, LOSS_KEPT = 512, 64 << 10  # of a block, at most: threads, and bytes of its row in shared memory
+
+
 def cross_entropy(be, logits, targets, dloss=None):
     """A target outside the vocabulary gives a loss of NaN: from a GPU nobody can raise IndexError."""
     rows = Rows(logits)
@@ -207,20 +217,32 @@ def cross_entropy(be, logits, targets, dloss=None):
         step = int(factors.size > 1)
     sizes = V, rows.stride, IGNORE
     writes = dloss is not None
-    be.launch("cross_entropy", logits, N, THREADS, rows, int32(be, targets), losses, factors, step, writes, *sizes)
+    threads, kept = loss_block(be, logits)
+    arrays = rows, int32(be, targets), losses, factors, step, writes
+    be.launch("cross_entropy", logits, N, threads, *arrays, *sizes, kept, shared=kept * logits.itemsize)
     return losses
+
+
+def loss_block(be, logits) -> tuple[int, int]:
+    """Threads of a block of cross_entropy, and logits that it keeps: so many that three fit on a multiprocessor."""
+    pack, V = 16 // logits.itemsize, logits.shape[1]
+    threads = 32
+    while threads < LOSS_THREADS and threads * 8 * pack < V:
+        threads *= 2
+    room = min(LOSS_KEPT, be.device.shared_bytes // 3 - 2048)  # the rest is for the block's own sums
+    return threads, min(-(-V // pack), room // 16) * pack
 
 
 def counted(be, targets):
     count = be.xp.empty((), "float64")
     targets = int32(be, targets)
-    be.launch("counted", ANY, 1, THREADS, targets, count, targets.size, IGNORE)
+    be.launch("counted", ANY, 1, 1024, targets, count, targets.size, IGNORE)
     return count
 
 
 def total_loss(be, losses):
     total = be.xp.empty((), "float64")
-    be.launch("total_loss", losses, 1, THREADS, losses, total, losses.size)
+    be.launch("total_loss", losses, 1, 1024, losses, total, losses.size)
     return total
 
 
@@ -237,10 +259,10 @@ def _on_device(be, number, dtype):
 def grad_norm(be, g):
     """The norm stays on the device, an array of no axes: reading it would stop the queue."""
     (g,) = contiguous(be, g)
-    slices = max(1, min(SLICES, -(-g.size // (4 * THREADS))))
-    partial, norm = be.xp.empty(slices, "float64"), be.xp.empty((), "float64")
-    be.launch("square_sums", g, slices, THREADS, g, partial, g.size, -(-g.size // slices))
-    be.launch("norm_of_sums", g, 1, THREADS, partial, norm, slices)
+    blocks = max(1, min(8 * MULTIPROCESSORS, -(-g.size // (4 * THREADS))))
+    partial, norm = be.xp.empty(blocks, "float64"), be.xp.empty((), "float64")
+    be.launch("square_sums", g, blocks, THREADS, g, partial, g.size)
+    be.launch("norm_of_sums", g, 1, 1024, partial, norm, blocks)
     return norm
 
 
