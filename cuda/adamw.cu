@@ -65,7 +65,7 @@ extern "C" __global__ void square_sums(const wide* g, double* partial, i64 N)
 }
 
 // *norm = square root of the sum of `slices` partial sums.  Grid: one block.
-extern "C" __global__ void norm_of_sums(const double* partial, double* norm, int slices)
+extern "C" __global__ void __launch_bounds__(1024) norm_of_sums(const double* partial, double* norm, int slices)
 {
     double sum = 0;
     for (int s = threadIdx.x; s < slices; s += blockDim.x) sum += partial[s];

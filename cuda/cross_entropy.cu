@@ -83,14 +83,14 @@ __device__ double sum_of(const number* x, i64 N, number none, function value)
 }
 
 // *count = how many of the N targets are not `ignore`, at least 1.  Grid: one block.
-extern "C" __global__ void counted(const int* targets, double* count, i64 N, int ignore)
+extern "C" __global__ void __launch_bounds__(1024) counted(const int* targets, double* count, i64 N, int ignore)
 {
     const double found = sum_of(targets, N, ignore, [=](int target) { return target != ignore; });
     if (threadIdx.x == 0) *count = found > 1 ? found : 1;
 }
 
 // *total = the sum of N losses.  Grid: one block.
-extern "C" __global__ void total_loss(const wide* losses, double* total, i64 N)
+extern "C" __global__ void __launch_bounds__(1024) total_loss(const wide* losses, double* total, i64 N)
 {
     const double sum = sum_of(losses, N, (wide)0, [](wide loss) { return loss; });
     if (threadIdx.x == 0) *total = sum;

@@ -25,7 +25,7 @@ extern "C" __global__ void column_sums(
 
 // total[j] += the sum of partial[:, j].  Grid: a block has 32 columns, a thread every 32nd slice of one; it asks for 16
 // at once, as there is little to add and much to wait for.  Then a warp adds a column's 32 sums.
-extern "C" __global__ void add_slices(const wide* partial, wide* total, int slices, int J)
+extern "C" __global__ void __launch_bounds__(1024) add_slices(const wide* partial, wide* total, int slices, int J)
 {
     __shared__ wide sums[32][33];
     const int j = blockIdx.x * 32 + threadIdx.x, column = blockIdx.x * 32 + threadIdx.y;

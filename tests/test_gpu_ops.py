@@ -4,6 +4,8 @@ In emulation the logic of every kernel is tested on every machine.  On a GPU the
 warps, real memory and cuBLAS.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import backends
@@ -202,13 +204,13 @@ def test_loss_of_large_masked_and_strided_logits(cuda, N, V):
         assert np.array_equal(here(on_device)[:, 4 + V :], wide[:, 4 + V :])
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 10, 64 << 10])
+@pytest.mark.parametrize("kept", [0, 512, None])
 @pytest.mark.parametrize("V", [1, 7, 1000, 4104])
 @pytest.mark.parametrize("element", ["bfloat16", "float16", "float64"])
 def test_a_row_of_logits_is_kept_or_read_again(cuda, monkeypatch, element, V, kept):
     """Whole rows in shared memory, parts, none; rows of whole packs or not, side by side or apart."""
-    monkeypatch.setattr(dense, "LOSS_KEPT", kept)
-    monkeypatch.setattr(dense, "LOSS_THREADS", 128)  # so that rows need several rounds
+    if kept is not None:
+        monkeypatch.setattr(dense, "loss_block", lambda *_: (96, kept))  # rows need several rounds
     rng = np.random.default_rng(V)
     for gap in (0, 8, 3):
         wide = (4 * rng.standard_normal((4, V + gap))).astype(dtype_of(element))
@@ -226,6 +228,19 @@ def test_a_row_of_logits_is_kept_or_read_again(cuda, monkeypatch, element, V, ke
         rounding = {"bfloat16": 2**-7, "float16": 2**-10, "float64": 1e-12}[element]  # a last bit
         np.testing.assert_allclose(here(on_device)[:, :V].astype(np.float64), want, rtol=rounding, atol=1e-6)
         assert np.array_equal(here(on_device)[:, V:], wide[:, V:])
+
+
+@pytest.mark.parametrize(
+    "V, element, threads, kept",
+    [
+        (1, "bfloat16", 32, 8), (8192, "bfloat16", 128, 8192), (32768, "bfloat16", 512, 32768),
+        (50257, "bfloat16", 768, 50264), (151_936, "bfloat16", 768, 115_200), (32768, "float32", 768, 32768),
+        (32768, "float64", 768, 28_800),
+    ],
+)  # fmt: skip
+def test_how_much_of_a_row_of_logits_is_kept_on_an_h100(V, element, threads, kept):
+    be = SimpleNamespace(device=SimpleNamespace(shared_bytes=227 << 10))
+    assert dense.loss_block(be, np.broadcast_to(np.zeros(1, dtype_of(element)), (1, V))) == (threads, kept)
 
 
 @pytest.mark.parametrize("N", [1, 1023, 40_000])

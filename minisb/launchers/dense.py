@@ -204,9 +204,6 @@ def rope_backward(be, dq, dk, dv, cos, sin, dqkv):
     return dqkv
 
 
-LOSS_THREADS, LOSS_KEPT = 512, 64 << 10  # of a block, at most: threads, and bytes of its row in shared memory
-
-
 def cross_entropy(be, logits, targets, dloss=None):
     """A target outside the vocabulary gives a loss of NaN: from a GPU nobody can raise IndexError."""
     rows = Rows(logits)
@@ -224,13 +221,23 @@ def cross_entropy(be, logits, targets, dloss=None):
 
 
 def loss_block(be, logits) -> tuple[int, int]:
-    """Threads of a block of cross_entropy, and logits that it keeps: so many that three fit on a multiprocessor."""
+    """Threads of a block of cross_entropy, and how many logits of its row it keeps in shared memory.
+
+    Three blocks on a multiprocessor, so that one loads while another computes; of longer rows two or one.
+    """
     pack, V = 16 // logits.itemsize, logits.shape[1]
+    packs, blocks = -(-V // pack), 3
+    while blocks > 1 and 16 * packs > _shared(be, blocks):
+        blocks -= 1
     threads = 32
-    while threads < LOSS_THREADS and threads * 8 * pack < V:
+    while threads * 8 < packs:
         threads *= 2
-    room = min(LOSS_KEPT, be.device.shared_bytes // 3 - 2048)  # the rest is for the block's own sums
-    return threads, min(-(-V // pack), room // 16) * pack
+    return min(threads, 1536 // max(blocks, 2)), min(packs, _shared(be, blocks) // 16) * pack
+
+
+def _shared(be, blocks: int) -> int:
+    """Bytes of shared memory for each of so many blocks on a multiprocessor, less what each needs besides."""
+    return be.device.shared_bytes // blocks - 2048
 
 
 def counted(be, targets):
