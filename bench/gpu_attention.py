@@ -40,7 +40,12 @@ SHAPES = {
     "full": (32, 1024, 12, 4, 64, 1024),
     "long": (1, 32768, 28, 4, 128, 4096),
 }
-STEM = "attention_fast"
+PREFIX = "attention_fast"  # of the kernels' names
+FILES = {
+    "forward": "attention_fast",
+    "backward_q": "attention_backward_fast",
+    "backward_kv": "attention_backward_fast",
+}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 #: Kernel -> its template arguments as (M, CHUNK, other arguments, threads that bound the registers) and tilings as
@@ -104,18 +109,18 @@ def source(kernel, arguments) -> str:
     """The file with this kernel instantiated otherwise."""
     (name, D), (M, chunk, others, bound) = kernel, arguments
     template = ", ".join(str(x) for x in (D, M, chunk, others) if x != "")
-    text, edits = re.subn(rf"{name}<{D},[^>]*>", f"{name}<{template}>", kernels.assembled(STEM))
-    text, bounds = re.subn(rf"__launch_bounds__\(\d+\) {STEM}_{name}_{D}\(",
-                           f"__launch_bounds__({bound}) {STEM}_{name}_{D}(", text)  # fmt: skip
+    text, edits = re.subn(rf"{name}<{D},[^>]*>", f"{name}<{template}>", kernels.assembled(FILES[name]))
+    text, bounds = re.subn(rf"__launch_bounds__\(\d+\) {PREFIX}_{name}_{D}\(",
+                           f"__launch_bounds__({bound}) {PREFIX}_{name}_{D}(", text)  # fmt: skip
     assert edits == bounds == 1
     return text
 
 
 def compiled(be, kernel, arguments):
     """-> the function, registers, bytes spilled."""
-    gpu, name = be.device, f"{STEM}_{kernel[0]}_{kernel[1]}"
+    gpu, name = be.device, f"{PREFIX}_{kernel[0]}_{kernel[1]}"
     options = (*kernels.OPTIONS, "--ptxas-options=-v", f"--gpu-architecture={gpu.target}", "-DREAL_bfloat16")
-    code, log = gpu.compiler.compile(source(kernel, arguments), f"{STEM}.cu", options)
+    code, log = gpu.compiler.compile(source(kernel, arguments), f"{FILES[kernel[0]]}.cu", options)
     path = Path(tempfile.mkdtemp()) / "variant.cubin"
     path.write_bytes(code)
     use = {use.kernel: use for use in kernels.uses(log)}.get(name)
@@ -160,7 +165,7 @@ def agree(found, expected) -> bool:
 
 def variants(problem, name, peak, found):
     be, D = problem.be, problem.shape[4]
-    kernel, key = (name, D), (f"{STEM}_{name}_{D}", BFLOAT16)
+    kernel, key = (name, D), (f"{PREFIX}_{name}_{D}", BFLOAT16)
     expected = [x.copy() for x in problem.results(name)]
     usual = twins.TILINGS[kernel], be.device._ready[key]
     with ThreadPoolExecutor(8) as pool:

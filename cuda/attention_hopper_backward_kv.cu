@@ -1,5 +1,5 @@
-// Softmax attention backward on Hopper (sm_90a): attention_fast.cu's backward_kv with warpgroup products, for heads of
-// 64 or 128 channels stored in bfloat16 or float16.
+// Softmax attention backward on Hopper (sm_90a): backward_kv of attention_backward_fast.cu with warpgroup products, for
+// heads of 64 or 128 channels stored in bfloat16 or float16.
 //
 //   p = 2^(c s - lse2),  ds = p (do v^T - delta),  dk = scale ds^T q,  dv = p^T do              c = scale log2(e)
 //

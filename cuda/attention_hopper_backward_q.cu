@@ -1,5 +1,5 @@
-// Softmax attention backward on Hopper (sm_90a): attention_fast.cu's backward_q with warpgroup products, for heads of
-// 64 or 128 channels stored in bfloat16 or float16.  Also lse2 and delta, for the gradients of keys and values.
+// Softmax attention backward on Hopper (sm_90a): backward_q of attention_backward_fast.cu with warpgroup products, for
+// heads of 64 or 128 channels stored in bfloat16 or float16.  Also lse2 and delta, for the gradients of keys and values.
 //
 //   p = 2^(c s - lse2),  ds = p (do v^T - delta),  dq = scale ds k                         c = scale log2(e)
 //   lse2 = lse log2(e),  delta = sum over D of do o

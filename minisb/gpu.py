@@ -135,18 +135,18 @@ class Gpu(Launcher):
         self._cubins = {}  # (file stem, element type) -> path
 
     def load(self, stem: str, element: str) -> dict:
-        """The process's first kernel brings all files of its element type: compiled side by side, they take
-        little longer.  What another type needs (float32 sums beside bfloat16, say) comes a file at a time."""
+        """The process's first kernel brings all files that go with its element type: compiled side by side, they take
+        little longer.  Whatever else is needed comes a file at a time."""
         if not self._cubins:
-            self._cubins = {(s, element): path for s, path in self._compile(list(kernels.files()), element).items()}
+            self._compile(kernels.first_files(element, self.target))
         if (stem, element) not in self._cubins:
-            self._cubins[stem, element] = self._compile([stem], element)[stem]
+            self._compile([(stem, element)])
         module = self.cupy.RawModule(path=str(self._cubins[stem, element]))
         names = [name for name, (where, _) in kernels.signatures().items() if where == stem]
         return {name: module.get_function(name) for name in names}
 
-    def _compile(self, stems: list[str], element: str) -> dict:
-        return kernels.compile_files(self.compiler, stems, element, self.target)
+    def _compile(self, wanted: list[tuple[str, str]]):
+        self._cubins |= kernels.compile_files(self.compiler, wanted, self.target)
 
     def pointer(self, array):
         if array is None:

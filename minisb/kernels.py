@@ -25,13 +25,25 @@ from minisb.errors import MinisbError
 
 #: How activations may be stored, by NumPy's name; gradient checks need float64.
 ELEMENTS = ("float32", "float64", "bfloat16", "float16")
-#: What CI compiles for: from the T4 of a free notebook (75) to Hopper, whose own instructions need the `a`.
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
+HALVES = ("bfloat16", "float16")
+#: What the check compiles for: from the T4 of a free notebook (75) to Hopper, whose own instructions need the `a`.
+#: At both ends all; between them only what the sources tell apart (bfloat16's rounding and tensor cores begin with
+#: sm_80), and a sample where they do not.
+ARCHITECTURES = {
+    "sm_75": ELEMENTS,
+    "sm_80": HALVES,
+    "sm_86": ("bfloat16",),
+    "sm_89": ("bfloat16",),
+    "sm_90a": ELEMENTS,
+}
+#: Files that a run in two bytes uses in float32 too: plans, sums, the loss, the optimizer's step.
+MIXED = ("adamw", "cross_entropy", "moe", "moe_plan", "reduce", "sinks")
 COMMON, TENSOR_CORES = "common.cuh", "tensor_cores.cuh"
-OPTIONS = ("--std=c++17", "-lineinfo")
+#: Profilers want to know the line of every instruction; that costs a tenth of the compiler's time.
+OPTIONS = ("--std=c++17", *(["-lineinfo"] if os.environ.get("MINISB_NVTX") else []))
 INCLUDE = r'^#include "(\w+\.cuh)"$'
 KERNEL = r'extern "C" __global__ void\s+(?:__launch_bounds__\([\d, ]+\)\s+)?(\w+)\s*\(([^)]*)\)'
-JOBS = 8  # files compiled at once, at most
+JOBS = 16  # files compiled at once, at most
 
 
 def element(name: str):
@@ -79,6 +91,21 @@ def assembled(stem: str) -> str:
     parts = (*(path.with_name(name) for name in (*shared, *included)), path)
     texts = {part.name: re.sub(INCLUDE, "", part.read_text("utf-8"), flags=re.MULTILINE) for part in parts}
     return "".join(f'#line 1 "cuda/{name}"\n{text}\n' for name, text in texts.items())
+
+
+@functools.cache
+def has_code(stem: str, element: str, target: str) -> bool:
+    """Whether a file has code of its own for an element type and architecture.
+
+    Without `real` and `wide` it says the same for all types, and float32 stands for them.  The kernels of NAME_fast.cu
+    are empty but for two-byte types from sm_80 on (TENSOR_CORES), and those with hopper.cuh but for sm_90a (HOPPER).
+    """
+    text = re.sub(r"//.*", "", files()[stem].read_text("utf-8"))
+    if not re.search(r"\b(real|wide)\b", text):
+        return element == "float32"
+    if "hopper.cuh" in re.findall(INCLUDE, text, re.MULTILINE):
+        return element in HALVES and target == "sm_90a"
+    return not stem.endswith("_fast") or (element in HALVES and int(target.strip("sm_a")) >= 80)
 
 
 @dataclass(frozen=True)
@@ -204,10 +231,20 @@ def cubin(compiler, stem: str, element: str, target: str) -> Path:
     return path
 
 
-def compile_files(compiler, stems, element: str, target: str) -> dict[str, Path]:
-    """Several files at once, each in a thread: NVRTC does not hold Python's lock."""
+def first_files(element: str, target: str) -> list[tuple[str, str]]:
+    """(File stem, element type) of what a process may need that computes in `element`."""
+    own = [(stem, element) for stem in files() if has_code(stem, element, target)]
+    return own + [(stem, "float32") for stem in MIXED if element in HALVES and stem in files()]
+
+
+def compile_files(compiler, wanted, target: str) -> dict[tuple[str, str], Path]:
+    """Several (file stem, element type) at once, each in a thread: NVRTC does not hold Python's lock.
+
+    Long files first, so that none is left running alone.
+    """
+    wanted = sorted(wanted, key=lambda one: -files()[one[0]].stat().st_size)
     with ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1)) as pool:
-        return dict(zip(stems, pool.map(lambda stem: cubin(compiler, stem, element, target), stems), strict=True))
+        return dict(zip(wanted, pool.map(lambda one: cubin(compiler, *one, target), wanted), strict=True))
 
 
 # --- the check without a GPU
@@ -236,8 +273,20 @@ def has_compiler() -> bool:
         return False
 
 
-def check(targets=ARCHITECTURES, elements=ELEMENTS, stems=None, jobs: int = 2):
-    """Compile everything, `jobs` at a time.  Yields (target, element, stem, uses); raises CompileError."""
+def combinations(targets=None, elements=ELEMENTS, stems=None) -> list[tuple[str, str, str]]:
+    """(target, element, stem) of what is to be compiled: whatever has code, and without `targets` what ARCHITECTURES
+    says."""
+    return [
+        (target, element, stem)
+        for target in targets or ARCHITECTURES
+        for element in elements
+        for stem in stems or files()
+        if has_code(stem, element, target) and (targets or element in ARCHITECTURES[target])
+    ]
+
+
+def check(tasks, jobs: int = 2):
+    """Compile `tasks`, combinations(), `jobs` at a time.  Yields (target, element, stem, uses); raises CompileError."""
     compiler = BindingsNvrtc()
 
     def one(task):
@@ -248,14 +297,22 @@ def check(targets=ARCHITECTURES, elements=ELEMENTS, stems=None, jobs: int = 2):
         except CompileError as error:
             raise CompileError(f"{stem}.cu, {element}, {target}: {error}") from error
 
-    tasks = [(target, element, stem) for target in targets for element in elements for stem in stems or files()]
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(one, tasks)
 
 
+def summary(tasks) -> str:
+    """One sentence: how many files were compiled for what, architectures with the same element types together."""
+    types = {target: ", ".join(dict.fromkeys(e for t, e, _ in tasks if t == target)) for target, _, _ in tasks}
+    together = {its: ", ".join(t for t in types if types[t] == its) for its in types.values()}
+    what = "; ".join(f"{targets} in {its}" for its, targets in together.items())
+    files = {stem for _, _, stem in tasks}
+    return f"{len(files)} files compiled, {len(tasks)} combinations with code of their own ({what})"
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minisb.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, metavar="sm_XX")
+    parser.add_argument("--arch", nargs="+", metavar="sm_XX", help="default: all, as ARCHITECTURES says")
     parser.add_argument("--dtype", nargs="+", default=ELEMENTS, choices=ELEMENTS)
     parser.add_argument("--file", nargs="+", choices=list(files()), help="kernel files (default: all)")
     parser.add_argument("--verbose", action="store_true", help="registers and local memory of every kernel")
@@ -263,10 +320,10 @@ def main(argv=None) -> int:
     if not has_compiler():
         print('error: the compiler is not installed: pip install "minisb[cuda-check]"', file=sys.stderr)
         return 2
-    began, compiled, heavy = time.perf_counter(), 0, set()
+    began, heavy = time.perf_counter(), set()
+    tasks = combinations(args.arch, args.dtype, args.file)
     try:
-        for target, element, stem, found in check(args.arch, args.dtype, args.file):
-            compiled += 1
+        for target, element, stem, found in check(tasks):
             for use in found:
                 taken = f"{use.registers:>5} registers{use.stack:>6} bytes of stack{use.spilled:>6} spilled"
                 if use.spilled:
@@ -276,8 +333,7 @@ def main(argv=None) -> int:
     except CompileError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{compiled} files compiled ({len(signatures())} kernels; {', '.join(args.arch)}; {', '.join(args.dtype)}) "
-          f"in {time.perf_counter() - began:.0f} s; spilling: {', '.join(sorted(heavy)) or 'none'}")  # fmt: skip
+    print(f"{summary(tasks)} in {time.perf_counter() - began:.0f} s; spilling: {', '.join(sorted(heavy)) or 'none'}")
     return 0
 
 

@@ -36,7 +36,8 @@ class Emulated(Launcher):
     target, shared_bytes = "sm_90a", 227 << 10
 
     def load(self, stem: str, element: str) -> dict:
-        library = ctypes.CDLL(str(_all_compiled(element)[stem]))
+        path = _all_compiled(element).get(stem) or _compiled(stem, element, _header(element))
+        library = ctypes.CDLL(str(path))
         return {
             name: functools.partial(_run, getattr(library, f"run_{name}"))
             for name, (where, _) in kernels.signatures().items()
@@ -94,8 +95,9 @@ def _run(function, blocks, threads, args, shared_mem=0):
 
 @functools.cache
 def _all_compiled(element: str) -> dict[str, Path]:
-    """File stem -> shared library; two are compiled at a time."""
-    stems, folder = list(kernels.files()), _header(element)
+    """File stem -> shared library, of files with code for this type; two are compiled at a time."""
+    stems = [stem for stem in kernels.files() if kernels.has_code(stem, element, Emulated.target)]
+    folder = _header(element)
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(stems, pool.map(lambda stem: _compiled(stem, element, folder), stems), strict=True))
 

@@ -16,11 +16,15 @@ NO_COMPILER = "not run: no NVRTC (pip install -e '.[cuda-check]')"
 needs_compiler = pytest.mark.skipif(not kernels.has_compiler(), reason=NO_COMPILER)
 
 
+def forget():
+    for function in (kernels.files, kernels.assembled, kernels.signatures, kernels.has_code):
+        function.cache_clear()
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of sources of our own; whatever was read from another is forgotten."""
-    for function in (kernels.files, kernels.assembled, kernels.signatures):
-        function.cache_clear()
+    forget()
     (tmp_path / "common.cuh").write_text("typedef float real;\n")
     (tmp_path / "twice.cu").write_text(
         "// doubles\n"
@@ -29,8 +33,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINISB_CUDA_DIR", str(tmp_path))
     monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
     yield tmp_path
-    for function in (kernels.files, kernels.assembled, kernels.signatures):
-        function.cache_clear()
+    forget()
 
 
 class Compiler:
@@ -84,8 +87,55 @@ def test_machine_code_is_compiled_once_and_anew_after_any_change(folder):
     compiler.version = (13, 0)
     (folder / "common.cuh").write_text("typedef double real;\n")
     kernels.assembled.cache_clear()
-    others.add(kernels.compile_files(compiler, ["twice"], "float32", "sm_80")["twice"])
+    others |= set(kernels.compile_files(compiler, [("twice", "float32")], "sm_80").values())
     assert len(others | {first}) == 5
+
+
+def test_what_has_code_of_its_own(folder):
+    hopper = '#include "hopper.cuh"\nreal x'
+    texts = {"plain": "real x", "halves_fast": "real x", "hopper": hopper, "ints": "int x // real"}
+    for stem, text in texts.items():
+        (folder / f"{stem}.cu").write_text(f'{text};\nextern "C" __global__ void {stem}(int n)\n{{\n}}\n')
+    (folder / "twice.cu").unlink()
+    forget()
+    own = {
+        (element, target): [stem for stem in texts if kernels.has_code(stem, element, target)]
+        for element in kernels.ELEMENTS
+        for target in ("sm_75", "sm_80", "sm_90a", "sm_120")
+    }
+    for (element, target), stems in own.items():
+        fast = element in kernels.HALVES and target != "sm_75"
+        of_hopper = element in kernels.HALVES and target == "sm_90a"
+        assert stems == ["plain"] + fast * ["halves_fast"] + of_hopper * ["hopper"] + (element == "float32") * ["ints"]
+    assert kernels.first_files("float16", "sm_75") == [("plain", "float16")]
+
+
+def test_what_is_compiled_without_being_asked(folder):
+    (folder / "ints.cu").write_text('extern "C" __global__ void ints(int n)\n{\n}\n')
+    (folder / "twice_fast.cu").write_text((folder / "twice.cu").read_text())
+    forget()
+    tasks = kernels.combinations()
+    assert len(tasks) == 5 + 4 + 2 + 2 + 7 and {task for task in tasks if task[0] in ("sm_75", "sm_89")} == {
+        *(("sm_75", element, "twice") for element in kernels.ELEMENTS), ("sm_75", "float32", "ints"),
+        ("sm_89", "bfloat16", "twice"), ("sm_89", "bfloat16", "twice_fast"),
+    }  # fmt: skip
+    assert kernels.summary(tasks) == (
+        "3 files compiled, 20 combinations with code of their own (sm_75, sm_90a in float32, float64, bfloat16, "
+        "float16; sm_80 in bfloat16, float16; sm_86, sm_89 in bfloat16)"
+    )
+    assert len(kernels.combinations(["sm_89"])) == 7  # who asks gets all
+
+
+def test_sources_tell_architectures_apart_in_two_ways_only():
+    """What that rests on: nothing differs between sm_80 and sm_89, and what may be empty says so in its name."""
+    for path in kernels.source_folder().glob("*.cu*"):
+        for line in path.read_text("utf-8").splitlines():
+            asked = "__CUDA_ARCH" in line
+            assert not asked or "__CUDA_ARCH__ >= 800" in line or "__CUDA_ARCH_FEAT_SM90_ALL" in line, line
+    for stem, path in kernels.files().items():
+        text = path.read_text("utf-8")
+        assert ("#if TENSOR_CORES" in text) == stem.endswith("_fast")
+        assert ("#if HOPPER" in text) == ("hopper.cuh" in text)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +185,7 @@ def test_without_the_compiler_the_check_says_what_to_install(monkeypatch, capsys
 def test_a_small_file_compiles_for_every_element_type(target, capsys):
     assert kernels.main(["--arch", target, "--file", "spike", "--verbose"]) == 0
     report = capsys.readouterr().out
-    assert all(element in report for element in kernels.ELEMENTS) and "4 files compiled" in report
+    assert all(element in report for element in kernels.ELEMENTS) and "1 files compiled, 4 combinations" in report
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ from emulator import here
 from test_gpu_model import model_of
 from test_model import TINY, batch
 
+from minisb import kernels
 from minisb.backend import Backend
 from minisb.data import TokenData
 from minisb.gradcheck import relative_rms
@@ -97,6 +98,8 @@ def test_a_short_run_goes_as_float32_does(cuda, name, tmp_path):
         assert trainer.run()
         losses.append(seen)
     np.testing.assert_allclose(losses[1], losses[0], rtol=4e-3)
+    other = {kernels.signatures()[kernel][0] for kernel, its in cuda.device._ready if its != half(name)}
+    assert "adamw" in other and other <= set(kernels.MIXED)  # compiled side by side with the rest, not one by one
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_grows_again():

@@ -16,7 +16,7 @@ from minisb.launchers.grid import (
 )
 from minisb.ops import attention
 
-STAGE = 64  # rows of the other side that a block brings at once (STAGE in cuda/attention_fast.cu)
+STAGE = 64  # rows of the other side that a block brings at once (STAGE in cuda/attention_fast.cuh)
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ BACKWARD_KV = {64: "attention_fast_backward_kv_64", 128: "attention_fast_backwar
 
 
 def _fast(be, q, scale) -> bool:
-    """Whether cuda/attention_fast.cu is for these heads and this GPU.  It follows the largest product of a row, so
+    """Whether the kernels on tensor cores are for these heads and this GPU.  It follows the largest product of a row, so
     the scale must be positive."""
     return scale > 0 and tensor_cores(be, q, _stages(q.shape[3]) + _rows(q.shape[3], STAGE))
 
 
 def _stages(D: int) -> int:
-    """Bytes of the two stages and their statistics in cuda/attention_fast.cu."""
+    """Bytes of the two stages and their statistics in cuda/attention_backward_fast.cu."""
     return 2 * (2 * _rows(D, STAGE) + 2 * 4 * STAGE)
 
 
