@@ -105,7 +105,7 @@ struct Group {
     int members = 0, arrived = 0, round = 0, vote = 0, result = 0;
     double slots[32], answers[32];  // what lanes offer; eight bytes hold any number that travels
     unsigned ballot = 0, ballots = 0;
-    char shown[2][32][32];  // what lanes show each other at tensor cores; two, as some may be a round ahead
+    alignas(8) char shown[2][32][48];  // what lanes show each other at tensor cores; two, as some may be a round ahead
     void open()
     {
         arrived = 0;
@@ -230,16 +230,12 @@ inline void launch(void (*kernel)(void**), void** args, dim3 grid, dim3 threads)
 template <typename thing>
 auto exchange(const thing& mine)
 {
-    static_assert(sizeof(thing) <= 32);
+    static_assert(sizeof(thing) <= 48 && alignof(thing) <= 8);
     Group& group = warp();
-    char(*shown)[32] = group.shown[group.round % 2];
+    char(*shown)[48] = group.shown[group.round % 2];
     std::memcpy(shown[number() % 32], &mine, sizeof mine);
     wait(group);
-    return [shown](int lane) {
-        thing x;
-        std::memcpy(&x, shown[lane], sizeof x);
-        return x;
-    };
+    return [shown](int lane) -> const thing& { return *(const thing*)shown[lane]; };
 }
 
 }  // namespace emulator
@@ -287,9 +283,10 @@ number __shfl_sync(unsigned, number x, int lane)
 #ifdef REAL_float16
 inline float widened(unsigned short bits)
 {
-    _Float16 x;
-    std::memcpy(&x, &bits, 2);
-    return x;
+    // Not through _Float16: that is a call, and here most of the time would be spent.
+    const unsigned sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
+    if (rest >= 0x7c00u << 13) return __uint_as_float(sign | 0x7f800000 | rest);
+    return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest) * 0x1p112f));  // the exponents' zeros: 127 - 15
 }
 inline unsigned short narrowed(float wide)
 {
@@ -330,14 +327,15 @@ inline void load_tiles_transposed(unsigned (&to)[4], const void* row)
 inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
 {
     struct Operands {
-        unsigned a[4], b[2];
+        float2 a[4], b[2];
     };
-    auto operands = emulator::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    const Operands mine = {{unpack(a[0]), unpack(a[1]), unpack(a[2]), unpack(a[3])}, {unpack(b0), unpack(b1)}};
+    auto operands = emulator::exchange(mine);
     const int lane = emulator::number() % 32;
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 16; k += 2) {  // row lane / 4 (+ 8), column lane % 4 * 2 (+ 1) of the result
-            const float2 x = unpack(operands(lane / 4 * 4 + k % 8 / 2).a[i / 2 + k / 8 * 2]);
-            const float2 y = unpack(operands((lane % 4 * 2 + i % 2) * 4 + k % 8 / 2).b[k / 8]);
+            const float2& x = operands(lane / 4 * 4 + k % 8 / 2).a[i / 2 + k / 8 * 2];
+            const float2& y = operands((lane % 4 * 2 + i % 2) * 4 + k % 8 / 2).b[k / 8];
             c[i] += x.x * y.x + x.y * y.y;
         }
 }
