@@ -3,13 +3,13 @@
     python bench/gpu_products.py [--row 101m 25m] [--rounds 20]
 
 For every form of product in a step (rows x columns x sum, transposed or not -> written), milliseconds of a call:
-    gemm      cublasGemmEx, 32 MiB of workspace: what training uses
-    lt        cuBLASLt, the first algorithm that it names; lt64: asked with 64 MiB
-    best      the fastest of the 16 that it names (best64 likewise), which MINISB_TUNE=1 would choose; #: its place
-    bias, sums    for projections with a bias: product and add_bias, or product, column_sums and add_slices, launched
-              apart; then with: one product by cuBLASLt; and the best of 16 of those.  "none": it has no algorithm.
-Medians with a cold cache; share: of the rate of a product of 8192 cubed.  Below: sums over a step, and what a switch
-would give: cublaslt.BIAS, cublaslt.SUMS, MINISB_TUNE.
+    gemm      cublasGemmEx: what training uses where there is no bias
+    lt        cuBLASLt, the first algorithm that it names
+    best      the fastest of the 16 that it names, which MINISB_TUNE=1 would choose; #: its place
+    bias      for projections with a bias: apart, product and add_bias; with, one product by cuBLASLt, what training
+              uses; and the best of 16 of those.  "none": it has no algorithm.
+Medians with a cold cache; share: of the rate of a product of 8192 cubed.  Below: sums over a step, what the bias in the
+product gives, and what MINISB_TUNE=1 does.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from minisb import cublaslt  # noqa: E402
 from minisb.backend import choose  # noqa: E402
 from minisb.cublas import library  # noqa: E402
 from minisb.kernels import element  # noqa: E402
-from minisb.launchers.grid import add_slices  # noqa: E402
-from minisb.ops.linear import linear_backward, linear_forward  # noqa: E402
+from minisb.ops.linear import linear_forward  # noqa: E402
 
 LARGE, LARGEST = 8192, 1 << 28  # rows and columns of the product that sets the measure; elements of any array here
 CANDIDATES, QUICK = 16, 5  # algorithms tried, rounds for each before the fastest is timed properly
@@ -42,8 +41,8 @@ CANDIDATES, QUICK = 16, 5  # algorithms tried, rounds for each before the fastes
 
 @dataclass
 class Form:
-    """calls of rows x columns x sum in a step.  vector: "bias" over, or "sums" of, `count` outputs; gap: elements
-    between the rows of what is read."""
+    """calls of rows x columns x sum in a step.  bias: over so many columns; gap: elements between the rows of what is
+    read."""
 
     calls: int
     m: int
@@ -51,8 +50,7 @@ class Form:
     k: int
     ta: bool = False
     tb: bool = False
-    vector: str = ""
-    count: int = 0
+    bias: int = 0
     gap: int = 0
 
     @property
@@ -75,9 +73,9 @@ def forms(c, head_rows: int) -> list[Form]:
         (c.layers, c.width, c.ffn, 0, 0),
     ):
         if calls:
-            found.append(Form(calls, N, O, I, tb=True, vector="bias" * bool(biased), count=biased, gap=gap))
+            found.append(Form(calls, N, O, I, tb=True, bias=biased, gap=gap))
             found.append(Form(calls, N, I, O))
-            found.append(Form(calls, O, I, N, ta=True, vector="sums" * bool(biased), count=biased, gap=gap))
+            found.append(Form(calls, O, I, N, ta=True, gap=gap))
     rows, calls = min(head_rows, N), -(-N // head_rows)
     found.append(Form(calls, rows, c.vocab, c.width, tb=True))
     found.append(Form(calls, rows, c.width, c.vocab))
@@ -93,10 +91,7 @@ class Bench:
         self.other = self.noise[::-1].copy()
         self.written, self.summed = cupy.empty(LARGEST, self.dtype), cupy.zeros(LARGEST, "float32")
         cublas = self.plain = be.device.fused.cublas
-        self.libraries = {
-            "": cublaslt.CublasLt(cublas, library("cublasLt")),
-            "64": cublaslt.CublasLt(cublas, library("cublasLt"), workspace=64 << 20),
-        }
+        self.lt = cublaslt.CublasLt(cublas, library("cublasLt"))
         self.planning = []  # ms of each first call
         a, b, out = self.arrays(Form(1, LARGE, LARGE, LARGE, tb=True))
         self.rate = 2e-9 * LARGE**3 / self.time(lambda: cublas.gemm(a, b, out, tb=True))
@@ -114,21 +109,26 @@ class Bench:
         b = matrix(self.other, *((form.n, form.k) if form.tb else (form.k, form.n)), gap=form.gap if form.ta else 0)
         return a, b, matrix(self.summed if form.ta else self.written, form.m, form.n)
 
-    def tried(self, lt, call) -> dict:
-        """call() by the first algorithm, and by the fastest of several."""
-        lt.plans.clear()
+    def tried(self, *arrays, **how) -> dict:
+        """A product of cuBLASLt's by the first algorithm, and by the fastest of several."""
+        plans = self.lt.plans
+        plans.clear()
+
+        def call():
+            return self.lt.gemm_with(*arrays, **how)
+
         began = time.perf_counter()
         if not call():
             return {"first": None, "best": None, "place": None, "of": 0}
         self.planning.append(1e3 * (time.perf_counter() - began))
-        (plan,) = lt.plans.values()
+        (plan,) = plans.values()
         first = self.time(call)
-        answers = plan.ask(plan.vector, CANDIDATES)
+        answers = plan.ask(plan.bias, CANDIDATES)
         times = []
         for answer in answers:
             plan.algorithm = answer.algorithm
             times.append(self.time(call, QUICK) if call() else float("inf"))
-            lt.plans[plan.form] = plan  # a refusal took it away
+            plans[plan.form] = plan  # a refusal took it away
         place = min(range(len(times)), key=times.__getitem__)
         plan.algorithm = answers[place].algorithm
         return {"first": first, "best": min(first, self.time(call)), "place": place, "of": len(answers)}
@@ -136,38 +136,18 @@ class Bench:
     def products(self, form: Form) -> dict:
         a, b, out = self.arrays(form)
         how = {"ta": form.ta, "tb": form.tb, "accumulate": form.ta}
-        found = {"gemm": self.time(lambda: self.plain.gemm(a, b, out, **how))}
-        for name, lt in self.libraries.items():
-            each = self.tried(lt, lambda lt=lt: lt.gemm_with(a, b, out, **how))
-            found |= {f"lt{name}": each["first"], f"best{name}": each["best"], f"place{name}": each["place"]}
-        return found
+        gemm = self.time(lambda: self.plain.gemm(a, b, out, **how))
+        each = self.tried(a, b, out, **how)
+        return {"gemm": gemm, "lt": each["first"], "best": each["best"], "place": each["place"]}
 
-    def with_vector(self, form: Form) -> dict:
-        """A projection with its bias, or its weights' and its bias's gradients: launched apart, and in one product."""
+    def with_bias(self, form: Form) -> dict:
+        """A projection and its bias: launched apart, and in one product."""
         a, b, out = self.arrays(form)
-        bias = self.noise[: form.count] if form.vector == "bias" else self.summed[-form.count :]
-        lt, be = self.libraries[""], self.be
-        sums = cupy.empty(form.m, "float32")
-        dx = self.written[: form.k * form.n].reshape(form.k, form.n)
-        kept = cublaslt.BIAS, cublaslt.SUMS
-        cublaslt.BIAS = cublaslt.SUMS = False
-        if form.vector == "bias":
-            apart = self.time(lambda: linear_forward(be, a, b, bias, out))
-            each = self.tried(lt, lambda: lt.gemm_with(a, b, out, tb=True, bias=bias))
-        else:  # without the product for dx, which both have
-            weights = self.noise[: form.m * form.n].reshape(form.m, form.n)
-            gemm, be.gemm = be.gemm, lambda *args, **how: gemm(*args, **how) if how.get("ta") else None
-            apart = self.time(lambda: linear_backward(be, a, b, weights, out, bias, dx))
-            be.gemm = gemm
-
-            def call():
-                if not lt.gemm_with(a, b, out, ta=True, accumulate=True, sums=sums):
-                    return False
-                add_slices(be, a, sums[None, : form.count], bias)
-                return True
-
-            each = self.tried(lt, call)
-        cublaslt.BIAS, cublaslt.SUMS = kept
+        bias, be = self.noise[: form.bias], self.be
+        usual, be.gemm_with = be.gemm_with, lambda *_, **__: False
+        apart = self.time(lambda: linear_forward(be, a, b, bias, out))
+        be.gemm_with = usual
+        each = self.tried(a, b, out, tb=True, bias=bias)
         return {"apart": apart, "with": each["first"], "with_best": each["best"], "with_place": each["place"]}
 
 
@@ -176,32 +156,29 @@ def ms(value) -> str:
 
 
 def row(bench: Bench, config) -> dict:
-    head = f"{'calls':>5}{'gemm':>9}{'lt':>9}{'lt64':>9}{'best':>9}{'best64':>9}   #   share of 8192^3: gemm, best"
+    head = f"{'calls':>5}{'gemm':>9}{'lt':>9}{'best':>9}   #   share of 8192^3: gemm, best"
     found, total = [], defaultdict(float)
     print(head)
     for form in forms(config, bench.be.head_logits // config.vocab):
         flops = 2e-9 * form.m * form.n * form.k
         times = bench.products(form)
         usual = times["gemm"]
-        for name in ("gemm", "lt", "lt64", "best", "best64"):
+        for name in ("gemm", "lt", "best"):
             total[name] += form.calls * (times[name] or usual)
         total["floor"] += form.calls * flops / bench.rate
-        line = "".join(ms(times[name]) for name in ("gemm", "lt", "lt64", "best", "best64"))
+        line = "".join(ms(times[name]) for name in ("gemm", "lt", "best"))
         shares = [f"{flops / t / bench.rate:6.1%}" for t in (usual, times["best"] or usual)]
         print(f"{form.calls:5}{line}{str(times['place']):>4}  {'  '.join(shares)}   {form.name}", flush=True)
-        if form.vector:
-            times |= bench.with_vector(form)
+        if form.bias:
+            times |= bench.with_bias(form)
             for name in ("apart", "with", "with_best"):
-                total[f"{form.vector} {name}"] += form.calls * (times[name] or times["apart"])
+                total[f"bias {name}"] += form.calls * (times[name] or times["apart"])
             line = ", ".join(f"{name} {ms(times[name]).strip()}" for name in ("apart", "with", "with_best"))
-            print(f"       {form.vector} of {form.count}: {line} (# {times['with_place']})", flush=True)
+            print(f"       bias of {form.bias}: {line} (# {times['with_place']})", flush=True)
         found.append({**vars(form), "name": form.name, **times})
     total = {name: round(value, 3) for name, value in total.items()}
     print("  a step, ms: " + ", ".join(f"{name} {value}" for name, value in total.items()))
-    for what, less, more in (
-        ("cublaslt.BIAS", "bias with", "bias apart"), ("cublaslt.SUMS", "sums with", "sums apart"),
-        ("MINISB_TUNE", "best", "gemm"), ("64 MiB, first", "lt64", "lt"), ("64 MiB, tuned", "best64", "best"),
-    ):  # fmt: skip
+    for what, less, more in (("bias within", "bias with", "bias apart"), ("MINISB_TUNE", "best", "gemm")):
         print(f"  {what:<14} gives {total.get(more, 0) - total.get(less, 0):7.3f} ms of a step")
     return {"forms": found, "step": total}
 

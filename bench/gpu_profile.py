@@ -101,19 +101,19 @@ class Profile:
     def _gemm_with(self, *args, **how) -> bool:
         if self.be.device.fused is None:
             return False
-        done = self._product(self.gemm_with, " with sums" if how.get("bias") is None else " with bias", *args, **how)
+        done = self._product(self.gemm_with, " with bias", *args, **how)
         if not done:  # what takes its place is recorded next
             self.records.pop()
         return done
 
-    def _product(self, function, more: str, a, b, out=None, ta=False, tb=False, accumulate=False, **vectors):
+    def _product(self, function, more: str, a, b, out=None, ta=False, tb=False, accumulate=False, **bias):
         m, k = a.shape[::-1] if ta else a.shape
         n = b.shape[0] if tb else b.shape[1]
         written = a.dtype if out is None else out.dtype
         size = (a.size + b.size) * a.itemsize + m * n * written.itemsize * (1 + accumulate)
         letters = f"{'T' if ta else 'N'}{'T' if tb else 'N'}"
         name = f"gemm {m} x {n} x {k} {letters} -> {written.name}{' +=' * accumulate}{more}"
-        how = {"out": out, "ta": ta, "tb": tb, "accumulate": accumulate, **vectors}
+        how = {"out": out, "ta": ta, "tb": tb, "accumulate": accumulate, **bias}
         return self._record(name, size, 2 * m * n * k, function, a, b, **how)
 
     # --- afterwards

@@ -1,8 +1,7 @@
-"""A product with something more in its launch: cuBLASLt through ctypes, beside cublas.py.
+"""A product that adds a bias to the rows it writes: cuBLASLt through ctypes, beside cublas.py.
 
-With a bias added to the rows it writes, or the sums of what it multiplies (a bias's gradient) written beside them, a
-product spares a launch and a pass over memory.  cuBLASLt is asked once for every form of product; its answer, a plan,
-can be recorded, and gives equal bits in every run: one stream, one workspace, the same algorithm.
+That spares a launch and a pass over memory.  cuBLASLt is asked once for every form of product; its answer, a plan, can
+be recorded, and gives equal bits in every run: one stream, one workspace, the same algorithm.
 """
 
 from __future__ import annotations
@@ -15,12 +14,9 @@ from minisb import tuned
 from minisb.cublas import WORKSPACE, library, step, type_code
 from minisb.errors import MinisbError
 
-#: Whether linear_forward's bias goes with the product, and linear_backward's sums for the bias's gradient.
-BIAS, SUMS = True, False
-
 # Numbers of cublasLt.h, the same in CUDA 12 and 13.
-_TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _VECTOR = 3, 4, 7, 8  # of a description
-_PLAIN, _WITH_BIAS, _WITH_SUMS = 1, 4, 512  # epilogues; BGRADB: sums of the second operand, over what is multiplied
+_TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS = 3, 4, 7, 8  # of a description
+_PLAIN, _WITH_BIAS = 1, 4  # epilogues
 _MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # of a preference; alignments of A, B, C and D
 _COMPUTE_32F, _REAL_32F = 68, 0
 
@@ -43,11 +39,9 @@ class CublasLt:
     choose(plan, launch): what a new plan's algorithm is to be, if not the first that cuBLASLt names (tuned.py).
     """
 
-    def __init__(self, cublas, library, workspace: int = WORKSPACE):
-        """cublas: a Cublas, whose handle is one for cuBLASLt too, and whose workspace serves both if it is enough."""
+    def __init__(self, cublas, library):
+        """cublas: a Cublas, whose handle is one for cuBLASLt too, and whose workspace serves both."""
         self.cublas, self.cupy, self.library = cublas, cublas.cupy, _declared(library)
-        self.workspace = cublas.workspace if workspace <= WORKSPACE else self.cupy.cuda.alloc(workspace)
-        self.workspace_size = workspace
         self.choose, self.plans, self._biases = None, {}, {}
 
     def gemm(self, a, b, out=None, ta=False, tb=False, accumulate=False):
@@ -58,14 +52,12 @@ class CublasLt:
             self.cublas.gemm(a, b, out, ta, tb, accumulate)
         return out
 
-    def gemm_with(self, a, b, out, ta=False, tb=False, accumulate=False, bias=None, sums=None) -> bool:
-        """Cublas.gemm for bfloat16 and float16, and in its launch: bias (J,) added to the first J columns of out, or
-        sums (rows of out,), those of op(a)'s rows, written.
+    def gemm_with(self, a, b, out, ta=False, tb=False, accumulate=False, bias=None) -> bool:
+        """Cublas.gemm for bfloat16 and float16, and in its launch bias (J,) added to the first J columns of out.
 
         False if that cannot be, with nothing done.
         """
-        vector = sums if bias is None else bias
-        if a.dtype.itemsize != 2 or not out.size or (vector is not None and vector.dtype != out.dtype):
+        if a.dtype.itemsize != 2 or not out.size or (bias is not None and bias.dtype != out.dtype):
             return False
         a, a_step, ta = self.cublas.rows(a, ta)
         b, b_step, tb = self.cublas.rows(b, tb)
@@ -73,13 +65,12 @@ class CublasLt:
         if out.shape != (a.shape[ta], n) or a.shape[not ta] != k:
             return False  # gemm has words for it
         if bias is not None and bias.size < n:
-            vector = self._with_zeros(bias, n)
-        epilogue = _WITH_BIAS if bias is not None else _WITH_SUMS if sums is not None else _PLAIN
+            bias = self._with_zeros(bias, n)
         # cuBLASLt counts by columns: our rows are its columns, so it is asked for out^T = op(b)^T op(a)^T.
         arrays = (b, b_step, tb), (a, a_step, ta), (out, step(out), False)
-        addresses = *(x.data.ptr for x, _, _ in arrays), vector.data.ptr if vector is not None else 0
+        addresses = *(x.data.ptr for x, _, _ in arrays), bias.data.ptr if bias is not None else 0
         form = (
-            (epilogue, bool(accumulate), _alignment(addresses[3])),
+            (_PLAIN if bias is None else _WITH_BIAS, bool(accumulate), _alignment(addresses[3])),
             *((type_code(x.dtype), *x.shape, apart, bool(t), _alignment(x.data.ptr)) for x, apart, t in arrays),
         )
         if form not in self.plans:
@@ -114,7 +105,7 @@ class CublasLt:
 class Plan:
     """One form of product: its description and layouts, made once, and its algorithm.
 
-    form: (epilogue, accumulate, alignment of the vector), then A, B and D as cuBLASLt sees them, each (type, our rows,
+    form: (epilogue, accumulate, alignment of the bias), then A, B and D as cuBLASLt sees them, each (type, our rows,
     our columns, elements from row to row, transposed, alignment).
     """
 
@@ -131,7 +122,7 @@ class Plan:
             for code, rows, columns, step, _, _ in operands
         ]
         self.one, self.beta = ctypes.c_float(1), ctypes.c_float(accumulate)
-        self.algorithm, self.vector = None, None
+        self.algorithm, self.bias = None, None
 
     def _new(self, create: str, *args):
         made = ctypes.c_void_p()
@@ -141,19 +132,19 @@ class Plan:
     def _set(self, call: str, what, attribute: int, value):
         self.failed |= getattr(self.lt.library, call)(what, attribute, ctypes.byref(value), ctypes.sizeof(value))
 
-    def point(self, vector: int):
-        """Set the address of the bias or of the sums; layers differ in it."""
-        if vector != self.vector:
-            self._set("cublasLtMatmulDescSetAttribute", self.description, _VECTOR, ctypes.c_void_p(vector))
-            self.vector = vector
+    def point(self, bias: int):
+        """Set the address of the bias; layers differ in it."""
+        if bias != self.bias:
+            self._set("cublasLtMatmulDescSetAttribute", self.description, _BIAS, ctypes.c_void_p(bias))
+            self.bias = bias
 
-    def ask(self, vector: int, most: int) -> list[Answer]:
+    def ask(self, bias: int, most: int) -> list[Answer]:
         """Up to `most` algorithms, the likely fastest first; the first becomes the plan's."""
         library, answers, found = self.lt.library, (Answer * most)(), ctypes.c_int(0)
-        self.point(vector)  # how it is aligned matters
+        self.point(bias)  # how it is aligned matters
         preference = self._new("cublasLtMatmulPreferenceCreate")
         set_to = functools.partial(self._set, "cublasLtMatmulPreferenceSetAttribute", preference)
-        set_to(_MOST_WORKSPACE, ctypes.c_uint64(self.lt.workspace_size))
+        set_to(_MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE))
         a, b, d = (operand[5] for operand in self.form[1:])
         for attribute, alignment in zip(_ALIGNMENTS, (a, b, d, d), strict=True):
             set_to(attribute, ctypes.c_uint32(alignment))
@@ -169,14 +160,14 @@ class Plan:
         return usable
 
     def launch(self, addresses) -> int:
-        """addresses: of A, B, D and the vector, 0 if there is none -> status, 0 if it went well."""
-        a, b, d, vector = addresses
-        self.point(vector)
+        """addresses: of A, B, D and the bias, 0 if there is none -> status, 0 if it went well."""
+        a, b, d, bias = addresses
+        self.point(bias)
         layout_a, layout_b, layout_d = self.layouts
         return self.lt.library.cublasLtMatmul(
             self.lt.cublas.handle, self.description, ctypes.byref(self.one), a, layout_a, b, layout_b,
             ctypes.byref(self.beta), d, layout_d, d, layout_d, ctypes.byref(self.algorithm),
-            self.lt.workspace.ptr, self.lt.workspace_size, self.lt.cupy.cuda.get_current_stream().ptr,
+            self.lt.cublas.workspace.ptr, WORKSPACE, self.lt.cupy.cuda.get_current_stream().ptr,
         )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ class Launcher:
             function(blocks, threads, packed)
 
     def gemm_with(self, *args, **kwargs) -> bool:
-        """A product with a bias or sums in its launch, see cublaslt.py; False where that cannot be."""
+        """A product with a bias in its launch, see cublaslt.py; False where that cannot be."""
         return bool(self.fused) and self.fused.gemm_with(*args, **kwargs)
 
     def _prepare(self, name: str, element):

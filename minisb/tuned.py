@@ -38,7 +38,7 @@ class Tuned:
             return {}
 
     def choose(self, plan, addresses):
-        """Set the plan's algorithm.  addresses: of A, B, D and the vector, as Plan.launch takes them."""
+        """Set the plan's algorithm.  addresses: of A, B, D and the bias, as Plan.launch takes them."""
         name, first = str(plan.form), list(plan.algorithm)
         if name not in self.known:
             self.known = {name: self._fastest(plan, addresses)} | self._read()  # what another process wrote counts
@@ -50,14 +50,14 @@ class Tuned:
         plan.algorithm = (ctypes.c_uint64 * 8)(*self.known[name])
 
     def _fastest(self, plan, addresses) -> list[int]:
-        a, b, _, vector = addresses
-        answers = plan.ask(vector, CANDIDATES)
+        a, b, _, bias = addresses
+        answers = plan.ask(bias, CANDIDATES)
         code, rows, _, apart, *_ = plan.form[3]
         try:  # products are written to a place of their own, which no pool keeps
             place = self.cupy.cuda.Memory(rows * apart * (4 if code == 0 else 2))
         except self.cupy.cuda.memory.OutOfMemoryError:
             return list(answers[0].algorithm)
-        times = [self.milliseconds(plan, answer, (a, b, place.ptr, vector)) for answer in answers]
+        times = [self.milliseconds(plan, answer, (a, b, place.ptr, bias)) for answer in answers]
         best = min(range(len(times)), key=times.__getitem__)
         return list(answers[best if times[best] < WORTH * times[0] else 0].algorithm)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisb import cublaslt
 from minisb.gpu import THREADS, Rows
 from minisb.launchers.grid import (
     MULTIPROCESSORS,
@@ -70,7 +69,7 @@ def add_rmsnorm_backward(be, dz, dy, saved, dw):
 
 def linear_forward(be, x, w, b=None, out=None):
     y = be.xp.empty((*x.shape[:-1], w.shape[0]), x.dtype) if out is None else out
-    if b is not None and cublaslt.BIAS and be.gemm_with(flat(x), w, flat(y), tb=True, bias=b):
+    if b is not None and be.gemm_with(flat(x), w, flat(y), tb=True, bias=b):
         return y
     be.gemm(flat(x), w, out=flat(y), tb=True)
     if b is not None:
@@ -85,11 +84,6 @@ def linear_backward(be, dy, x, w, dw, db=None, dx=None):
     if dx is None:
         dx = be.xp.empty((*dy.shape[:-1], w.shape[1]), dy.dtype)
     be.gemm(flat(dy), w, out=flat(dx), accumulate=accumulate)
-    if db is not None and cublaslt.SUMS:
-        sums = be.xp.empty(dw.shape[0], dw.dtype)
-        if be.gemm_with(flat(dy), flat(x), dw, ta=True, accumulate=True, sums=sums):
-            add_slices(be, dy, sums[None, : db.size], db)
-            return dx
     be.gemm(flat(dy), flat(x), out=dw, ta=True, accumulate=True)
     if db is not None:
         columns = Rows(flat(dy)[:, : db.size])
