@@ -41,6 +41,13 @@ def backend_of(name: str, *ops: str):
     return be
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(params=["numpy", "cpu"])
 def be(request):
     return backend_of(request.param)
