@@ -234,7 +234,7 @@ def test_a_row_of_logits_is_kept_or_read_again(cuda, monkeypatch, element, V, ke
     "V, element, threads, kept",
     [
         (1, "bfloat16", 32, 8), (8192, "bfloat16", 128, 8192), (32768, "bfloat16", 512, 32768),
-        (50257, "bfloat16", 768, 50264), (151_936, "bfloat16", 768, 115_200), (32768, "float32", 768, 32768),
+        (50257, "bfloat16", 768, 50264), (151_936, "bfloat16", 1024, 115_200), (32768, "float32", 1024, 32768),
         (32768, "float64", 768, 28_800),
     ],
 )  # fmt: skip

@@ -226,7 +226,8 @@ def loss_block(be, logits) -> tuple[int, int]:
     threads = 32
     while threads * 8 < packs:
         threads *= 2
-    return min(threads, 1536 // max(blocks, 2)), min(packs, _shared(be, blocks) // 16) * pack
+    most = 768 if logits.itemsize == 8 else 1024  # doubles take too many registers for more
+    return min(threads, most, 1536 // blocks), min(packs, _shared(be, blocks) // 16) * pack
 
 
 def _shared(be, blocks: int) -> int:
