@@ -122,8 +122,8 @@ BACKWARD_KV = {64: "attention_fast_backward_kv_64", 128: "attention_fast_backwar
 
 
 def _fast(be, q, scale) -> bool:
-    """Whether the kernels on tensor cores are for these heads and this GPU.  It follows the largest product of a row, so
-    the scale must be positive."""
+    """Whether the kernels on tensor cores are for these heads and this GPU.  It follows the largest product of a row,
+    so the scale must be positive."""
     return scale > 0 and tensor_cores(be, q, _stages(q.shape[3]) + _rows(q.shape[3], STAGE))
 
 
