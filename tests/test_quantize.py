@@ -111,23 +111,24 @@ def test_numpy_and_natives_agree_from_one_input_and_in_loss():
     assert abs(one.loss(tokens, targets) / other.loss(tokens, targets) - 1) < 1e-3
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_threads_do_not_change_a_bit(threads):
+def threads_change_no_bit(small, tokens, threads):
     if not CpuBackend(2).modules:
         pytest.skip("natives are not compiled")
-    small = quantized(be=CpuBackend(2))[1]
-    expected = small.forward(tokens_of(2, 30))
+    small.be = CpuBackend(2)
+    expected = small.forward(tokens)
     small.be = CpuBackend(threads)
-    np.testing.assert_array_equal(small.forward(tokens_of(2, 30)), expected)
+    np.testing.assert_array_equal(small.forward(tokens), expected)
 
 
-def test_decoding_follows_the_full_pass(be):
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_do_not_change_a_bit(threads):
+    threads_change_no_bit(quantized()[1], tokens_of(2, 30), threads)
+
+
+def decodes_as_it_reads(small, tokens):
     """A last-bit difference at a tie becomes a whole spike, so it is the mean loss that must agree."""
-    small = quantized(be=be)[1]
-    tokens = tokens_of(6, 41)
     full = small.forward(tokens[:, :-1])
     state, logits = small.new_state(6), []
-    assert [type(s) for s in state.layers[1:]] == [Int8KeyValueCache] * 2
     for t in range(40):
         logits.append(small.step(tokens[:, t], state))
     pieces, cut = small.new_state(6), []
@@ -144,6 +145,12 @@ def test_decoding_follows_the_full_pass(be):
     for t, rows in cut:
         assert abs(loss(rows, t) / loss(full[:, t], t) - 1) < 0.02
     assert pieces.position == state.position == 40 and pieces.nbytes == state.nbytes
+
+
+def test_decoding_follows_the_full_pass(be):
+    small = quantized(be=be)[1]
+    assert [type(s) for s in small.new_state(6).layers[1:]] == [Int8KeyValueCache] * 2
+    decodes_as_it_reads(small, tokens_of(6, 41))
 
 
 def test_the_int8_ring_holds_what_was_appended_last(be):
@@ -303,13 +310,13 @@ def test_refusals(at_home, capsys):
     fails(capsys, train_small.main, ["--resume", "int8"], "quantised", "cannot be trained")
 
 
-def damaged(home, tmp_path, change):
-    """A copy of the quantised run with other tensors: change(tensors) -> tensors."""
+def damaged(run, tmp_path, change):
+    """A copy of a quantised run with other tensors: change(tensors) -> tensors."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("config.json", "tokenizer.tiktoken"):
-        (copy / name).write_bytes((home / "int8" / name).read_bytes())
-    checkpoint.save_quantized(copy, change(load_file(home / "int8" / "model.safetensors")))
+        (copy / name).write_bytes((run / name).read_bytes())
+    checkpoint.save_quantized(copy, change(load_file(run / "model.safetensors")))
     return copy
 
 
@@ -334,12 +341,12 @@ def minus_128(tensors):
     ],
 )
 def test_tensors_that_do_not_fit(home, tmp_path, capsys, change, words):
-    fails(capsys, sample.main, [damaged(home, tmp_path, change)], *words)
+    fails(capsys, sample.main, [damaged(home / "int8", tmp_path, change)], *words)
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "gone"])
 def test_damaged_files(home, tmp_path, capsys, how):
-    copy = damaged(home, tmp_path, lambda t: t)
+    copy = damaged(home / "int8", tmp_path, lambda t: t)
     path = copy / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -361,7 +368,7 @@ def test_damaged_files(home, tmp_path, capsys, how):
     ],
 )
 def test_settings_that_do_not_fit(home, tmp_path, capsys, change, words):
-    copy = damaged(home, tmp_path, lambda t: t)
+    copy = damaged(home / "int8", tmp_path, lambda t: t)
     values = json.loads((copy / "config.json").read_text())
     values["quantized"] |= change
     (copy / "config.json").write_text(json.dumps(values))

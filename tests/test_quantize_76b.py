@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 from conftest import backend_of
 from safetensors.numpy import load_file
-from test_quantize import fails, float_model, texts_of, tokens_of
+from test_quantize import damaged, decodes_as_it_reads, fails, float_model, texts_of, threads_change_no_bit, tokens_of
 
 import minisb
 import sample
@@ -158,27 +158,8 @@ def test_each_row_is_multiplied_by_its_own_expert(be):
 
 
 def test_decoding_follows_the_full_pass(config):
-    """A last-bit difference at a tie becomes a whole spike, so it is the mean loss that must agree."""
     small = quantized(config, CpuBackend(1))[1]  # NumPy where the natives are not compiled
-    tokens = tokens_of(6, 41, config)
-    full = small.forward(tokens[:, :-1])
-    state, logits = small.new_state(6), []
-    for t in range(40):
-        logits.append(small.step(tokens[:, t], state))
-    pieces, cut = small.new_state(6), []
-    for start, end in ((0, 7), (7, 8), (8, 31), (31, 40)):
-        cut.append((end - 1, small.prefill(tokens[:, start:end], pieces)))
-
-    def loss(rows, at):
-        rows = rows.astype(np.float64)
-        log_p = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
-        return -np.take_along_axis(log_p, tokens[:, at + 1, None], -1).mean()
-
-    by_step, whole = (np.mean([loss(x[t], t) for t in range(40)]) for x in (logits, full.swapaxes(0, 1)))
-    assert abs(by_step / whole - 1) < 1e-3
-    for t, rows in cut:
-        assert abs(loss(rows, t) / loss(full[:, t], t) - 1) < 0.02
-    assert pieces.position == state.position == 40 and pieces.nbytes == state.nbytes
+    decodes_as_it_reads(small, tokens_of(6, 41, config))
 
 
 def test_sinks_stay_in_the_int8_cache(be):
@@ -198,12 +179,7 @@ def test_sinks_stay_in_the_int8_cache(be):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_threads_do_not_change_a_bit(threads):
-    if not CpuBackend(2).modules:
-        pytest.skip("natives are not compiled")
-    small = quantized(C, CpuBackend(2))[1]
-    expected = small.forward(tokens_of(2, 30, C))
-    small.be = CpuBackend(threads)
-    np.testing.assert_array_equal(small.forward(tokens_of(2, 30, C)), expected)
+    threads_change_no_bit(quantized(C)[1], tokens_of(2, 30, C), threads)
 
 
 # --- calibration of experts
@@ -329,14 +305,6 @@ def test_a_loaded_run_decodes(at_home, capsys, name):
     assert np.isfinite(model.forward(tokens_of(1, 9, C))).all()
 
 
-def damaged(home, tmp_path, change):
-    """A copy of the quantised run with other tensors: change(tensors) -> tensors."""
-    for name in ("config.json", "tokenizer.tiktoken"):
-        (tmp_path / name).write_bytes((home / "run-int8" / name).read_bytes())
-    checkpoint.save_quantized(tmp_path, change(load_file(home / "run-int8" / "model.safetensors")))
-    return tmp_path
-
-
 EXPERTS = "layers.3.mlp.experts.gate_proj.weight"
 
 
@@ -358,12 +326,12 @@ def minus_128(tensors):
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(home, tmp_path, capsys, change, words):
-    fails(capsys, sample.main, [damaged(home, tmp_path, change)], *words)
+    fails(capsys, sample.main, [damaged(home / "run-int8", tmp_path, change)], *words)
 
 
 def test_settings_that_do_not_fit(home, tmp_path, capsys):
     """A router that should be float after all, and an input without its k."""
-    copy = damaged(home, tmp_path, lambda tensors: tensors)
+    copy = damaged(home / "run-int8", tmp_path, lambda tensors: tensors)
     values = json.loads((copy / "config.json").read_text())
     other = json.loads(json.dumps(values))
     other["model"]["spike"] = ["q"]
