@@ -14,14 +14,26 @@ from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from minisb import kernels
 from minisb.gpu import Rows
 
+#: Kernel -> its parameters that are read and written over.  The loss in a step: it writes its gradient.
+IN_PLACE = {
+    "adamw": ("p", "m", "v"),
+    "add_bias": ("y",),
+    "add_slices": ("total",),
+    "cross_entropy": ("logits",),
+    "gla_fast_scan": ("S",),
+    "grouped_backward_w": ("dw",),
+    "grouped_fast_backward_w": ("dw",),
+}
 PHASES = {"_forward": "forward", "_head_loss": "head", "_backward": "backward"}  # methods of the model
 
 
 @dataclass
 class Record:
-    """One launch.  bytes: of all its arrays, each counted once, so never more than what is moved."""
+    """One launch.  bytes: of all its arrays, those IN_PLACE twice: never more than what is moved, but for an embedding,
+    whose table is counted whole although only the rows of tokens that occur are touched."""
 
     phase: str
     op: str
@@ -91,8 +103,12 @@ class Profile:
         return found
 
     def _launch(self, kernel: str, like, blocks, threads, *args, **options):
-        arrays = [arg.matrix if isinstance(arg, Rows) else arg for arg in args]
-        size = sum(a.size * a.itemsize for a in arrays if hasattr(a, "itemsize") and hasattr(a, "strides") and a.ndim)
+        _, parameters = kernels.signatures()[kernel]
+        size = 0
+        for parameter, arg in zip(parameters, args, strict=True):
+            array = arg.matrix if isinstance(arg, Rows) else arg
+            if parameter.array and array is not None and array.ndim:
+                size += array.size * array.itemsize * (1 + (parameter.name in IN_PLACE.get(kernel, ())))
         self._record(kernel, size, 0, self.launch, kernel, like, blocks, threads, *args, **options)
 
     def _gemm(self, *args, **how):

@@ -13,6 +13,8 @@ import pytest
 from conftest import NO_GPU, has_gpu
 from test_model import TINY
 
+from minisb import kernels
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 gpu_train = importlib.import_module("gpu_train")
 gpu_profile = importlib.import_module("gpu_profile")
@@ -74,7 +76,9 @@ def test_bytes_and_operations_of_a_profile():
         step()
     store, c = step.model.store, step.model.config
     (adamw,) = (r for r in profile.records if r.name == "adamw")
-    assert adamw.bytes == 4 * store.flat_p.nbytes  # p, g, m, v; no copy in float32, the scale has no axes
+    assert adamw.bytes == 7 * store.flat_p.nbytes  # p, m, v twice, g once; no copy in float32, the scale has no axes
+    (loss,) = (r for r in profile.records if r.name == "cross_entropy")
+    assert loss.bytes == 4 * (2 * 8 * (2 * c.vocab + 2) + 1)  # logits twice, targets, losses, a factor
     rows, letters = 2 * 8, re.compile(r"gemm (\d+) x (\d+) x (\d+) (\w\w) -> (\w+)( \+=)?")
     head = [r for r in profile.records if r.flops and r.phase == "head"]
     found = [letters.fullmatch(r.name).groups() for r in head]
@@ -93,6 +97,11 @@ def test_bytes_and_operations_of_a_profile():
     line = next(line.split() for line in text.splitlines() if line.endswith("  adamw"))
     floor = adamw.bytes / 1e-3 / 1e6  # ms at a copy of a megabyte a second
     assert line[:5] == ["1.000", f"{1 / profile.total():.1%}", "1", f"{floor:.3f}", f"{1 - floor:.3f}"]
+
+
+def test_arrays_that_a_profile_counts_twice_are_there():
+    for kernel, names in gpu_profile.IN_PLACE.items():
+        assert set(names) <= {p.name for p in kernels.signatures()[kernel][1] if p.array}
 
 
 def test_the_step_learns_and_does_not_look():
