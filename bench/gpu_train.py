@@ -3,6 +3,7 @@
     python bench/gpu_train.py --row 101m --peer          ours, then the peer (bench/torch_train_gpu.py), and the ratio
     python bench/gpu_train.py --row 101m --profile       where the time goes, kernel by kernel
     python bench/gpu_train.py --row 101m 25m --cold      from the start of the process to the end of the first step
+    MINISB_TUNE=1 python bench/gpu_train.py --row 25m    products by measured algorithms (minisb/tuned.py)
 
 The peer wants PyTorch and flash-linear-attention: see its head.  Each side is a process of its own, so that memories do
 not add.  A step is gradients to zero, forward and backward, the norm, AdamW; tokens are random and lie on the GPU.
