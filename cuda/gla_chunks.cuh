@@ -144,4 +144,51 @@ __device__ inline void add_transposed_products(float (&sums)[TILES][4], const u3
     }
 }
 
+// --- what 16 tokens from `own` on read of their chunk -----------------------------------------------------------
+
+// scores += a (16 x 16) of the queries times the keys from channel d on; later keys are not seen.
+template <int PITCH>
+__device__ inline void add_scores(float (&scores)[8][4], const u32 (&a)[4], const real* key, int d, int own)
+{
+    for (int j = 0; j < 4; j++)
+        if (16 * j <= own) {
+            u32 two[4];
+            right_transposed<PITCH>(two, key, d, 16 * j);
+            multiply(scores[2 * j], a, two[0], two[1]);
+            multiply(scores[2 * j + 1], a, two[2], two[3]);
+        }
+}
+
+// sums += scores times the values, once the scores with later keys are zeros.
+template <int PITCH, int TILES>
+__device__ inline void add_seen(float (&sums)[TILES][4], float (&scores)[8][4], const real* value, int own)
+{
+    const int row = lane() / 4, column = lane() % 4 * 2;
+    for (int j = 0; j < 4; j++)
+        if (16 * j <= own) {
+            float(&low)[4] = scores[2 * j], (&high)[4] = scores[2 * j + 1];
+            if (16 * j == own)
+                for (int c = 0; c < 4; c++) {
+                    const int t = row + c / 2 * 8, at = column + c % 2;
+                    if (at > t) low[c] = 0;
+                    if (at + 8 > t) high[c] = 0;
+                }
+            u32 score[4];
+            as_left(score, low, high);
+            add_products<PITCH>(sums, score, value, 16 * j, 0);
+        }
+}
+
+// scale times the sums go to the tokens' rows of o, `step` numbers apart.
+template <int TILES>
+__device__ inline void store_tokens(real* o, i64 step, const float (&sums)[TILES][4], int own, int inside, float scale)
+{
+    for (int half = 0; half < 2; half++) {
+        const int t = own + lane() / 4 + 8 * half;
+        if (t < inside)
+            for (int j = 0; j < TILES; j++)
+                *(u32*)(o + t * step + 8 * j + lane() % 4 * 2) =
+                    pack(scale * sums[j][2 * half], scale * sums[j][2 * half + 1]);
+    }
+}
 #endif

@@ -15,12 +15,7 @@
 // Grid: x is a state (b, g); 8 warps.  The next chunk is on its way from memory while this one is computed.
 // Bytes: every input once, o once, the saved states once.
 
-constexpr int CHUNK = 64;  // tokens
-#ifdef REAL_float16
-constexpr float SPAN = 8;  // e^8 times an activation of 20 is still a float16
-#else
-constexpr float SPAN = 40;
-#endif
+#include "gla_chunks.cuh"
 
 #if TENSOR_CORES
 // How the 8 warps share the state (D x D): a tile of 16 rows each, and where there are fewer tiles than warps,
@@ -194,12 +189,7 @@ __device__ void forward(const real* q, const real* k, const real* v, const float
         for (int t = 0; t < CHUNK; t += 16) {
             u32 key[4];
             left_transposed<PITCH>(key, s.key[0], state_row, t);
-            for (int j = 0; j < COLUMN_TILES; j += 2) {
-                u32 value[4];
-                right<PITCH>(value, stage.value[0], t, state_column + 8 * j);
-                multiply(S[j], key, value[0], value[1]);
-                multiply(S[j + 1], key, value[2], value[3]);
-            }
+            add_products<PITCH>(S, key, stage.value[0], t, state_column);
         }
         for (int j = 0; j < COLUMN_TILES; j++)
             for (int c = 0; c < 4; c++) S[j][c] *= ending[c / 2];
@@ -217,45 +207,11 @@ __device__ void forward(const real* q, const real* k, const real* v, const float
             for (int d = 0; d < D; d += 16) {
                 u32 tile[4];
                 left<PITCH>(tile, query[0], own, d);
-                for (int j = 0; j < 4; j++)
-                    if (16 * j <= own) {  // later keys are not seen
-                        u32 key[4];
-                        right_transposed<PITCH>(key, s.key[0], d, 16 * j);
-                        multiply(P[2 * j], tile, key[0], key[1]);
-                        multiply(P[2 * j + 1], tile, key[2], key[3]);
-                    }
-                for (int j = 0; j < D / 8; j += 2) {
-                    u32 state[4];
-                    right<PITCH>(state, s.state[0], d, 8 * j);
-                    multiply(out[j], tile, state[0], state[1]);
-                    multiply(out[j + 1], tile, state[2], state[3]);
-                }
+                add_scores<PITCH>(P, tile, s.key[0], d, own);
+                add_products<PITCH>(out, tile, s.state[0], d, 0);
             }
-            for (int j = 0; j < 4; j++)
-                if (16 * j <= own) {
-                    float (&low)[4] = P[2 * j], (&high)[4] = P[2 * j + 1];
-                    if (16 * j == own)
-                        for (int c = 0; c < 4; c++) {
-                            const int t = row + c / 2 * 8, at = column + c % 2;
-                            if (at > t) low[c] = 0;
-                            if (at + 8 > t) high[c] = 0;
-                        }
-                    const u32 score[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]),
-                                          pack(high[2], high[3])};
-                    for (int e = 0; e < D / 8; e += 2) {
-                        u32 value[4];
-                        right<PITCH>(value, stage.value[0], 16 * j, 8 * e);
-                        multiply(out[e], score, value[0], value[1]);
-                        multiply(out[e + 1], score, value[2], value[3]);
-                    }
-                }
-            for (int half = 0; half < 2; half++) {
-                const int t = own + row + 8 * half;
-                if (t < inside)
-                    for (int j = 0; j < D / 8; j++)
-                        *(u32*)(o + qo + (start + t) * qo_step + r * D + 8 * j + column) =
-                            pack(scale * out[j][2 * half], scale * out[j][2 * half + 1]);
-            }
+            add_seen<PITCH>(out, P, stage.value[0], own);
+            store_tokens(o + qo + start * qo_step + r * D, qo_step, out, own, inside, scale);
             __syncwarp();
         }
     }

@@ -92,35 +92,11 @@ __device__ void outputs(const real* q, const real* k, const real* v, const float
         for (int d = 0; d < D; d += 16) {
             u32 tile[4];
             left<PITCH>(tile, query[0], 0, d);
-            for (int j = 0; j < 4 && !wide; j++)
-                if (16 * j <= own) {  // later keys are not seen
-                    u32 key[4];
-                    right_transposed<PITCH>(key, s.key[0], d, 16 * j);
-                    multiply(P[2 * j], tile, key[0], key[1]);
-                    multiply(P[2 * j + 1], tile, key[2], key[3]);
-                }
+            if (!wide) add_scores<PITCH>(P, tile, s.key[0], d, own);
             add_products<PITCH>(out, tile, s.state[0], d, 0);
         }
-        for (int j = 0; j < 4; j++)
-            if (16 * j <= own) {
-                float(&low)[4] = P[2 * j], (&high)[4] = P[2 * j + 1];
-                if (16 * j == own)
-                    for (int c = 0; c < 4; c++) {
-                        const int t = row + c / 2 * 8, at = column + c % 2;
-                        if (at > t) low[c] = 0;
-                        if (at + 8 > t) high[c] = 0;
-                    }
-                const u32 score[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]),
-                                      pack(high[2], high[3])};
-                add_products<PITCH>(out, score, s.value[0], 16 * j, 0);
-            }
-        for (int half = 0; half < 2; half++) {
-            const int t = own + row + 8 * half;
-            if (t < inside)
-                for (int j = 0; j < D / 8; j++)
-                    *(u32*)(o + qo + t * qo_step + r * D + 8 * j + column) =
-                        pack(scale * out[j][2 * half], scale * out[j][2 * half + 1]);
-        }
+        add_seen<PITCH>(out, P, s.value[0], own);
+        store_tokens(o + qo + r * D, qo_step, out, own, inside, scale);
         __syncwarp();
     }
 }
