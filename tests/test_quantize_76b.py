@@ -1,5 +1,6 @@
 """W8ASpike on the 76B's layout: parallel hybrids, sinks, experts and their router in int8."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -53,8 +54,15 @@ def config(request):
 def quantized(config, be=None, embedding=False):
     """(float model, the same quantised)."""
     model = float_model(config, be or Backend(1))
-    tensors, section, _ = quantize.quantize(model, texts_of(config), 128, embedding)
-    return model, SpikingBrain(config, model.be, store_of(tensors, section["k"]))
+    tensors, k = int8_of(config, type(model.be), embedding)
+    return model, SpikingBrain(config, model.be, store_of({name: x.copy() for name, x in tensors.items()}, dict(k)))
+
+
+@functools.cache
+def int8_of(config, kind, embedding):
+    """The tensors and k of the quantised model, made once for all tests."""
+    tensors, section, _ = quantize.quantize(float_model(config, kind(1)), texts_of(config), 128, embedding)
+    return tensors, section["k"]
 
 
 def taps_of(model, tokens, spike=False):
