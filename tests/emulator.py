@@ -134,6 +134,13 @@ def _compiled(stem: str, element: str, folder: Path) -> Path:
     return path
 
 
+def complaints(stem: str, element: str, claims: str) -> str:
+    """What the compiler says of a file with static_asserts behind it; nothing if they hold."""
+    text = f'#include "{HEADER.name}"\n{kernels.assembled(stem)}\n{claims}'
+    command = [COMPILER, *FLAGS, f"-DREAL_{element}", "-I", _header(element), "-fsyntax-only", "-"]
+    return subprocess.run(command, input=text, text=True, capture_output=True).stderr[:500]
+
+
 def _wrapper(name: str, parameters) -> str:
     """A function that takes its arguments as CUDA's own launch does: an array of their addresses."""
     values = ", ".join(f"*({p.type}{'*' * p.array}*)a[{i}]" for i, p in enumerate(parameters))
