@@ -14,7 +14,7 @@ from minisb.ops.gla import (
 )
 
 every_name = pytest.mark.parametrize("name", ["numpy", "cpu"])
-SHAPES = [(6, 2, 6), (3, 3, 8), (6, 2, 16)]  # H, G, D
+SHAPES = [(6, 2, 6), (3, 3, 8), (6, 2, 20)]  # H, G, D: 20 is whole vectors and a rest
 
 
 def inputs(T, H, G, D, seed=0, dtype=np.float64, gates=(-5, 0), B=2):

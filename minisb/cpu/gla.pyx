@@ -1,8 +1,6 @@
 """ops/gla.py's fast twin: the recurrence, one key/value head a thread (see gla_walk.h).
 
-Head sizes that are no multiple of 4 are left to the reference.  Saved is what the reference
-saves, with states every 16 tokens: backward makes the states of one chunk anew, and 16 of them
-stay in the second cache.
+Head sizes that are no multiple of 4 are left to the reference.  Saved is what the reference saves.
 """
 
 import numpy as np
@@ -11,7 +9,7 @@ from cython.parallel cimport prange
 from libc.math cimport pow
 from libc.stdint cimport int64_t
 
-from minisb.cpu.common cimport real
+from minisb.cpu.common cimport aligned, real
 from minisb.ops import gla as reference
 
 cdef extern from "gla.h" nogil:
@@ -32,7 +30,7 @@ cdef extern from "gla.h" nogil:
                                   double* dS, double* dq, double* dk, double* dv, double* dlog_g, double* scratch)
 
 
-def gla_forward(be, q, k, v, log_g, state=None, scale=None, int64_t chunk=16):
+def gla_forward(be, q, k, v, log_g, state=None, scale=None, int64_t chunk=reference.CHUNK):
     """See ops/gla.py."""
     if not walks(k.shape[3]):
         return reference.gla_forward.reference(be, q, k, v, log_g, state, scale, chunk)
@@ -58,7 +56,7 @@ def gla_backward(be, do, dstate, saved):
     B, T, G, D = k.shape
     first = np.zeros((B, G, D, D), k.dtype) if dstate is None else np.array(dstate, k.dtype, order="C")
     dq, dk, dv, dlog_g = (np.empty(x.shape, x.dtype) for x in (q, k, v, log_g))
-    scratch = np.empty((B * G, (chunk + 3) * D * D + chunk * D), k.dtype)
+    scratch = np.empty((B * G, 2 * D * D + 8 * D + 16), k.dtype)
     if q.dtype == np.float32:
         _backward[float](be.threads, q, k, v, log_g, do, states, first, dq, dk, dv, dlog_g, scratch, scale, chunk)
     else:
@@ -131,13 +129,13 @@ cdef _backward(int threads, real[:, :, :, ::1] q, real[:, :, :, ::1] k, real[:, 
                                     &v[0, 0, 0, 0] + at_k, &log_g[0, 0, 0, 0] + at_k, &do[0, 0, 0, 0] + at_q,
                                     H * D, G * D, &states[b, 0, g, 0, 0], G * D * D, &dS[b, g, 0, 0],
                                     &dq[0, 0, 0, 0] + at_q, &dk[0, 0, 0, 0] + at_k, &dv[0, 0, 0, 0] + at_k,
-                                    &dlog_g[0, 0, 0, 0] + at_k, &scratch[i, 0])
+                                    &dlog_g[0, 0, 0, 0] + at_k, aligned(&scratch[i, 0]))
         else:
             gla_walk_backward_double(D, T, R, chunk, scale, &q[0, 0, 0, 0] + at_q, &k[0, 0, 0, 0] + at_k,
                                      &v[0, 0, 0, 0] + at_k, &log_g[0, 0, 0, 0] + at_k, &do[0, 0, 0, 0] + at_q,
                                      H * D, G * D, &states[b, 0, g, 0, 0], G * D * D, &dS[b, g, 0, 0],
                                      &dq[0, 0, 0, 0] + at_q, &dk[0, 0, 0, 0] + at_k, &dv[0, 0, 0, 0] + at_k,
-                                     &dlog_g[0, 0, 0, 0] + at_k, &scratch[i, 0])
+                                     &dlog_g[0, 0, 0, 0] + at_k, aligned(&scratch[i, 0]))
 
 
 TWINS = {"gla_forward": gla_forward, "gla_backward": gla_backward, "gla_step": gla_step}
