@@ -43,7 +43,7 @@ cdef struct Range:
 
 def attention_forward(be, q, k, v, window, scale=None):
     """See ops/attention.py."""
-    q, k, v = (np.ascontiguousarray(x) for x in (q, k, v))
+    q, k, v = [np.ascontiguousarray(x) for x in (q, k, v)]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     o, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:3], q.dtype)
     if q.dtype == np.float32:
@@ -56,7 +56,7 @@ def attention_forward(be, q, k, v, window, scale=None):
 def attention_backward(be, do, saved):
     """See ops/attention.py."""
     q, k, v, o, lse, window, scale = saved
-    do, q, k, v, o, lse = (np.ascontiguousarray(x) for x in (do, q, k, v, o, lse))
+    do, q, k, v, o, lse = [np.ascontiguousarray(x) for x in (do, q, k, v, o, lse)]
     dq, dk, dv = np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype), np.empty(v.shape, v.dtype)
     if q.dtype == np.float32:
         _backward[float](be.threads, do, q, k, v, o, lse, window, scale, dq, dk, dv)
@@ -396,8 +396,5 @@ cdef void _step_task(const real* q, const real* k, const real* v, real* o, int64
             o[r * D + d] /= total
 
 
-TWINS = {
-    "attention_forward": attention_forward,
-    "attention_backward": attention_backward,
-    "attention_step": attention_step,
-}
+TWINS = {"attention_forward": attention_forward, "attention_backward": attention_backward,
+         "attention_step": attention_step}

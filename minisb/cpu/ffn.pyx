@@ -31,7 +31,7 @@ def ffn_forward(be, x, w_in, w_out):
     N = len(rows)
     if not _pays(N, C, F):
         return reference.ffn_forward.reference(be, x, w_in, w_out)
-    gate_up, h, y = (np.empty((N, n), x.dtype) for n in (2 * F, F, C))
+    gate_up, h, y = [np.empty((N, n), x.dtype) for n in (2 * F, F, C)]
     packed_in, packed_out = _packed("in", C, 2 * F, x.dtype), _packed("out", F, C, x.dtype)
     own = room("own", be.threads * _own(0), x.dtype)
     if x.dtype == np.float32:
@@ -50,7 +50,7 @@ def ffn_backward(be, dy, saved, w_in, w_out, dw_in, dw_out):
     N = len(rows)
     if not _pays(N, C, F):
         return reference.ffn_backward.reference(be, dy, saved, w_in, w_out, dw_in, dw_out)
-    w_in, w_out, gate_up = (np.ascontiguousarray(a) for a in (w_in, w_out, gate_up))
+    w_in, w_out, gate_up = [np.ascontiguousarray(a) for a in (w_in, w_out, gate_up)]
     gate_up, dgate_up, dx = gate_up.reshape(N, 2 * F), np.empty((N, 2 * F), dy.dtype), np.empty((N, C), dy.dtype)
     packed_in, packed_out = _packed("in", C, 2 * F, dy.dtype), _packed("out", F, C, dy.dtype)
     own = room("own", be.threads * _own(_strips(F, dy.itemsize) * TILE_ROWS * F), dy.dtype)

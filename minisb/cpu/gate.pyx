@@ -76,7 +76,7 @@ cdef _tied(int threads, const real[::1] z, real[::1] k, real[::1] log_g):
 
 
 def tied_gate_backward(be, dk, dlog_g, saved):
-    k, dk, dlog_g = (np.ascontiguousarray(x) for x in (saved, dk, dlog_g))
+    k, dk, dlog_g = [np.ascontiguousarray(x) for x in (saved, dk, dlog_g)]
     assert k.shape == dk.shape == dlog_g.shape
     dz = np.empty_like(k)
     if k.dtype == np.float32:

@@ -55,7 +55,7 @@ def gla_backward(be, do, dstate, saved):
     q, k, v, log_g, do, states = _contiguous(q, k, v, log_g, do, states)
     B, T, G, D = k.shape
     first = np.zeros((B, G, D, D), k.dtype) if dstate is None else np.array(dstate, k.dtype, order="C")
-    dq, dk, dv, dlog_g = (np.empty(x.shape, x.dtype) for x in (q, k, v, log_g))
+    dq, dk, dv, dlog_g = [np.empty(x.shape, x.dtype) for x in (q, k, v, log_g)]
     scratch = np.empty((B * G, 2 * D * D + 8 * D + 16), k.dtype)
     if q.dtype == np.float32:
         _backward[float](be.threads, q, k, v, log_g, do, states, first, dq, dk, dv, dlog_g, scratch, scale, chunk)

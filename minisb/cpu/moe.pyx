@@ -197,7 +197,7 @@ cdef void _gather_token(const real* rows, const real* gates, const int64_t* row,
 
 def combine_backward(be, dy, saved):
     rows, gates, plan = saved
-    rows, gates, dy = (np.ascontiguousarray(x) for x in (rows, gates, dy))
+    rows, gates, dy = [np.ascontiguousarray(x) for x in (rows, gates, dy)]
     drows, dgates = np.empty_like(rows), np.empty_like(gates)
     if rows.dtype == np.float32:
         _combine_backward[float](be.threads, dy, rows, gates, _int64(plan.row), _int64(plan.token), drows, dgates)

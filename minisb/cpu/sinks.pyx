@@ -28,7 +28,7 @@ cdef struct Shape:
 
 def sinks_forward(be, q, k, v, o=None, lse=None, scale=None):
     """See ops/sinks.py."""
-    q, k, v = (np.ascontiguousarray(x) for x in (q, k, v))
+    q, k, v = [np.ascontiguousarray(x) for x in (q, k, v)]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if o is None:  # nothing seen so far: weight exp(-inf) = 0
         o, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf, q.dtype)
@@ -43,7 +43,7 @@ def sinks_forward(be, q, k, v, o=None, lse=None, scale=None):
 
 def sinks_backward(be, do, q, k, v, o, lse, scale=None, dq=None):
     """See ops/sinks.py."""
-    do, q, k, v, o, lse = (np.ascontiguousarray(x) for x in (do, q, k, v, o, lse))
+    do, q, k, v, o, lse = [np.ascontiguousarray(x) for x in (do, q, k, v, o, lse)]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dq = np.zeros_like(q) if dq is None else np.array(dq, order="C")
     dk, dv = np.empty_like(k), np.empty_like(v)

@@ -134,7 +134,7 @@ cdef void multiply(int threads, const Matrix* m, int64_t N, const Spikes* x, flo
 
 def code_heads(be, q, k, v, spike_k):
     """See ops/w8aspike.py."""
-    q, k, v = (np.ascontiguousarray(x, np.float32) for x in (q, k, v))
+    q, k, v = [np.ascontiguousarray(x, np.float32) for x in (q, k, v)]
     q16, qv = np.empty(q.shape, np.int16), np.empty(q.shape[:3], np.float32)
     k8, ku = np.empty(k.shape, np.int8), np.empty(k.shape[:3], np.float32)
     v8, vu = np.empty(v.shape, np.int8), np.empty(v.shape[:3], np.float32)
