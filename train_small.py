@@ -12,7 +12,7 @@ from pathlib import Path
 
 import minisb
 from minisb import checkpoint, cli
-from minisb.backend import choose
+from minisb.backend import choose, is_gpu
 from minisb.config import PRESETS, SPIKE_PROJECTIONS, preset
 from minisb.corpus import DOWNLOADS, load_corpus
 from minisb.data import default_tokenizer, load_tokens
@@ -32,7 +32,7 @@ SAMPLE_FROM = (0.6, None, 0.95)  # temperature, top-k, top-p: a small model is b
 def parser() -> argparse.ArgumentParser:
     p = cli.Parser(description=__doc__)
     add = p.add_argument
-    add("--preset", help=f"size of the model: {', '.join(PRESETS)} (default: nano)")
+    add("--preset", help=f"size of the model: {', '.join(PRESETS)} (default: nano, on a GPU small)")
     add("--data", type=_data, help=f"stdlib, {', '.join(DOWNLOADS)}, or a text file or folder (default: stdlib)")
     add("--steps", type=int, help="updates of the weights (default: the preset's)")
     add("--batch-size", type=int, metavar="B", help="sequences read at once (default: the preset's)")
@@ -123,7 +123,8 @@ def main(argv) -> int:
 
 def new_run(args):
     """-> folder, Config, TrainSettings of the flags; nothing is written yet."""
-    config = preset(args.preset or "nano", **_given(args, CONFIG_FLAGS))
+    usual = "small" if is_gpu(args.device or "auto") else "nano"
+    config = preset(args.preset or usual, **_given(args, CONFIG_FLAGS))
     settings = TrainSettings(
         **intervals(config.steps) | {"dtype": "auto"} | _given(args, (*TRAIN_FLAGS, *MACHINE_FLAGS))
     )

@@ -149,6 +149,13 @@ def default_threads() -> int:
         return os.cpu_count() or 1
 
 
+def is_gpu(device: str) -> bool:
+    """Whether choose takes a GPU for this --device."""
+    from minisb import gpu
+
+    return device == "cuda" or (device == "auto" and not gpu.why_not())
+
+
 def choose(device: str = "auto", select: str = "all", threads: int | None = None) -> tuple[Backend, str]:
     """Pick a backend.  Returns it with the reason, one clause to print.
 
@@ -161,7 +168,7 @@ def choose(device: str = "auto", select: str = "all", threads: int | None = None
         raise MinisbError(f"--threads must be at least 1, got {threads}.")
     if device not in ("auto", "cpu", "cuda"):
         raise MinisbError(f"unknown device {device!r}; choose from auto, cpu, cuda.")
-    if device == "cuda" or (device == "auto" and not gpu.why_not()):
+    if is_gpu(device):
         be = CudaBackend(gpu.open_gpu(), select)
         return be, f"{be.device.describe()}, kernels: {', '.join(be.modules) or 'none, plain CuPy'}"
     # Worth a word only where somebody may wonder: a GPU is there, and something keeps us from using it.

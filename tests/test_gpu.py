@@ -150,3 +150,20 @@ def test_arrays_of_the_host_are_refused():
     be, _ = backend.choose("cuda")
     with pytest.raises(MinisbError, match="not on the GPU"):
         be.launch("gla_decay", np.ones(3, np.float32), 1, 32, np.ones(3, np.float32), np.ones(3, np.float32), 3)
+
+
+@pytest.mark.parametrize(
+    "reason, flags, want",
+    [
+        ("", [], "small"),
+        ("", ["--device", "cpu"], "nano"),
+        ("there is no NVIDIA driver", [], "nano"),
+        ("", ["--preset", "nano"], "nano"),
+    ],
+)
+def test_a_gpu_trains_a_larger_model_unless_told(monkeypatch, reason, flags, want):
+    import train_small
+
+    monkeypatch.setattr(gpu, "trouble", lambda: (reason, ""))
+    _, config, _ = train_small.new_run(train_small.parser().parse_args(flags))
+    assert config.preset == want
