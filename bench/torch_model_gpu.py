@@ -1,7 +1,7 @@
 """The peer's model: minisb's hybrid in PyTorch, as its best user would write it for a GPU.
 
 Linear attention is flash-linear-attention's chunk_gla with k, v and g repeated to all heads, as it takes them; windows
-are flex_attention's with a block mask, full attention is SDPA.  Letters as in bench/torch_train_cpu.py, from which
+are flex_attention's with a block mask, full attention is SDPA.  Letters as in bench/torch_model_cpu.py, from which
 comes what is the same on a CPU.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from gpu_train import Config
 from torch import Tensor, nn
-from torch_train_cpu import Shape, SwiGLU, gla_recurrent, rope_tables, rotate
+from torch_model_cpu import Shape, SwiGLU, gla_recurrent, rope_tables, rotate
 
 # --- gated linear attention
 
