@@ -182,14 +182,14 @@ def launches(be, call) -> list[tuple]:
 
 def closer(be, row: Row):
     """Prints what each kernel of a row takes of a multiprocessor, and how to look closer still."""
-    from cupy.cuda.driver import occupancyMaxActiveBlocksPerMultiprocessor as fitting
+    from cupy.cuda import driver
 
     warps = be.device.device.attributes["MaxThreadsPerMultiProcessor"] // 32
     row.call()  # compiled, and what is made once is made
     for name, dtype, blocks, threads, dynamic in launches(be, row.call):
         kernel = be.device._ready[name, dtype][0]
         size = threads if isinstance(threads, int) else threads[0] * threads[1]
-        blocks_at_once = fitting(kernel.kernel.ptr, size, dynamic)
+        blocks_at_once = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, size, dynamic)
         occupancy = blocks_at_once * -(-size // 32) / warps
         print(
             f"    {name} <{dtype.name}>: {kernel.num_regs} registers, {kernel.shared_size_bytes} + {dynamic} bytes of "
