@@ -52,24 +52,26 @@ static void NAME(gemm_pack_strip)(int ta, int64_t left, int64_t depth, const REA
             to[p * TILE_ROWS + i] = i >= rows ? 0 : ta ? a[p * lda + i] : a[i * lda + p];
 }
 
-/* One tile of C, from a packed strip of A and from rows of A where they stand.  Two functions, so that
-   the compiler knows the steps through A: with steps in variables the same loop is a third slower. */
-FLATTEN static void NAME(tile_packed)(int64_t depth, const REAL *a, const REAL *panel, REAL *c, int64_t ldc, int add) {
-    NAME(strip)(COLUMNS, depth, a, 1, TILE_ROWS, panel, COLUMNS, 0, c, ldc, add);
+/* One tile of C or TILES of them (columns: of C), from a packed strip of A and from rows of A where they
+   stand.  Two functions, so that the compiler knows the steps through A: with steps in variables the same
+   loop is a third slower. */
+FLATTEN static void NAME(tile_packed)(int64_t columns, int64_t depth, const REAL *a, const REAL *panel, REAL *c,
+                                      int64_t ldc, int add) {
+    NAME(strip)(columns, depth, a, 1, TILE_ROWS, panel, COLUMNS, depth * COLUMNS, c, ldc, add);
 }
 
-FLATTEN static void NAME(tile_rows)(int64_t depth, const REAL *a, int64_t lda, const REAL *panel, REAL *c, int64_t ldc,
-                                    int add) {
-    NAME(strip)(COLUMNS, depth, a, lda, 1, panel, COLUMNS, 0, c, ldc, add);
+FLATTEN static void NAME(tile_rows)(int64_t columns, int64_t depth, const REAL *a, int64_t lda, const REAL *panel,
+                                    REAL *c, int64_t ldc, int add) {
+    NAME(strip)(columns, depth, a, lda, 1, panel, COLUMNS, depth * COLUMNS, c, ldc, add);
 }
 
-/* One tile that sticks out of C: rows x width of it are wanted. */
-static void NAME(tile_edge)(int64_t rows, int64_t width, int64_t depth, const REAL *packed_strip, const REAL *panel,
-                            REAL *c, int64_t ldc, int add) {
-    REAL edge[TILE_ROWS * COLUMNS];
-    NAME(tile_packed)(depth, packed_strip, panel, edge, COLUMNS, 0);
+/* Where C ends inside: rows x width of what is computed are wanted. */
+static void NAME(tile_edge)(int64_t rows, int64_t width, int64_t columns, int64_t depth, const REAL *packed_strip,
+                            const REAL *panel, REAL *c, int64_t ldc, int add) {
+    REAL edge[TILE_ROWS * TILES * COLUMNS];
+    NAME(tile_packed)(columns, depth, packed_strip, panel, edge, columns, 0);
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < width; j++) c[i * ldc + j] = edge[i * COLUMNS + j] + (add ? c[i * ldc + j] : 0);
+        for (int64_t j = 0; j < width; j++) c[i * ldc + j] = edge[i * columns + j] + (add ? c[i * ldc + j] : 0);
 }
 
 /* Strips first .. last-1 of C (m x n), TILE_ROWS rows each.  own: room for BLOCK_STRIPS packed
@@ -88,19 +90,20 @@ static void NAME(gemm_strips)(int ta, int64_t m, int64_t n, int64_t k, const REA
                 NAME(gemm_pack_strip)(ta, m - i0, depth, ta ? a + p0 * lda + i0 : a + i0 * lda + p0, lda,
                                       own + (strip - low) * depth * TILE_ROWS);
             }
-            for (int64_t j = 0; j < n; j += COLUMNS) {
+            for (int64_t j = 0, columns; j < n; j += columns) {
                 const REAL *panel = packed + p0 * padded + j * depth;
-                const int64_t width = n - j < COLUMNS ? n - j : COLUMNS;
+                columns = padded - j < TILES * COLUMNS ? COLUMNS : TILES * COLUMNS;
+                const int64_t width = n - j < columns ? n - j : columns;
                 for (int64_t strip = low; strip < high; strip++) {
                     const int64_t i0 = strip * TILE_ROWS, rows = m - i0 < TILE_ROWS ? m - i0 : TILE_ROWS;
                     const REAL *mine = own + (strip - low) * depth * TILE_ROWS;
                     REAL *to = c + i0 * ldc + j;
-                    if (rows < TILE_ROWS || width < COLUMNS)
-                        NAME(tile_edge)(rows, width, depth, mine, panel, to, ldc, add);
+                    if (rows < TILE_ROWS || width < columns)
+                        NAME(tile_edge)(rows, width, columns, depth, mine, panel, to, ldc, add);
                     else if (packing)
-                        NAME(tile_packed)(depth, mine, panel, to, ldc, add);
+                        NAME(tile_packed)(columns, depth, mine, panel, to, ldc, add);
                     else
-                        NAME(tile_rows)(depth, a + i0 * lda + p0, lda, panel, to, ldc, add);
+                        NAME(tile_rows)(columns, depth, a + i0 * lda + p0, lda, panel, to, ldc, add);
                 }
             }
         }

@@ -8,8 +8,8 @@ enum { BLOCK_K = 256, BLOCK_STRIPS = 20 };
 
 /* Compiled for a machine with AVX2 our strips outrun NumPy's BLAS at the sizes of a training step
    (see NOTES.md).  Elsewhere BLAS knows the machine better: a build for any processor leaves the
-   choice of instructions to it, and tile.h has no vectors of AVX-512's width. */
-#if defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+   choice of instructions to it. */
+#if defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
 enum { STRIPS_PAY = 1 };
 #else
 enum { STRIPS_PAY = 0 };

@@ -5,7 +5,8 @@
    columns of B stand together, a tile, and the next tile `hop` values further on.
 
    Twelve sums in registers hide the latency of the multiply-add, and a vector of B, loaded once,
-   serves six rows.  (Four rows, eight sums: 52-65 GFLOP/s at D = 64 where six reach 90-99.) */
+   serves six rows.  (Four rows, eight sums: 52-65 GFLOP/s at D = 64 where six reach 90-99.)
+   A tile is two vectors of AVX2 or one of AVX-512, which takes two tiles at once. */
 #ifndef MINISB_TILE_H
 #define MINISB_TILE_H
 #include <stdint.h>
@@ -37,7 +38,7 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
 /* One p for all six rows: 20 instructions for 12 multiply-adds. */
 #define STRIP_STEP(VECTOR, MULTIPLY_ADD, P)                                                     \
     do {                                                                                        \
-        VECTOR left = *(const VECTOR *)from, right = *(const VECTOR *)(from + lanes);           \
+        VECTOR left = *(const VECTOR *)from, right = *(const VECTOR *)(from + other);           \
         _Pragma("GCC unroll 6") for (int i = 0; i < TILE_ROWS; i++) {                           \
             VECTOR x = (VECTOR){0} + a[i * row + (P) * step];                                   \
             MULTIPLY_ADD(sum[i][0], x, left);                                                   \
@@ -46,12 +47,14 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
     } while (0)
 
 /* BYTES: of a vector.  MULTIPLY_ADD: one of the above.  Eight steps in a row without a branch.  TARGET: what
-   the function may use beyond the build's own instructions. */
-#define DEFINE_STRIP(NAME, T, BYTES, MULTIPLY_ADD, TARGET)                                      \
+   the function may use beyond the build's own instructions.  REST: what does a last column of half the width. */
+#define DEFINE_STRIP(NAME, T, BYTES, MULTIPLY_ADD, TARGET, REST)                                \
     typedef T NAME##_vector __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias)); \
     TARGET static void NAME(STRIP_ARGUMENTS(T)) {                                               \
         const int64_t lanes = BYTES / sizeof(T), tile = TILE_BYTES / sizeof(T);                 \
-        for (int64_t j = 0; j < n; j += 2 * lanes) {                                            \
+        const int64_t other = lanes < tile ? lanes : hop; /* from one vector of B to the next */ \
+        int64_t j = 0;                                                                          \
+        for (; j + 2 * lanes <= n; j += 2 * lanes) {                                            \
             NAME##_vector sum[TILE_ROWS][2];                                                    \
             const T *from = b + j / tile * hop + j % tile;                                      \
             _Pragma("GCC unroll 6") for (int i = 0; i < TILE_ROWS; i++)                         \
@@ -68,9 +71,11 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
                 to[1] = sum[i][1];                                                              \
             }                                                                                   \
         }                                                                                       \
+        if (j < n) REST(n - j, depth, a, row, step, b + j / tile * hop, ldb, hop, c + j, ldc, add); \
     }
+#define NO_REST(...)
 #else /* no vector types: plain loops */
-#define DEFINE_STRIP(NAME, T, BYTES, MULTIPLY_ADD, TARGET)                                      \
+#define DEFINE_STRIP(NAME, T, BYTES, MULTIPLY_ADD, TARGET, REST)                                \
     static void NAME(STRIP_ARGUMENTS(T)) {                                                      \
         const int64_t tile = TILE_BYTES / sizeof(T);                                            \
         for (int64_t i = 0; i < TILE_ROWS; i++)                                                 \
@@ -83,23 +88,35 @@ enum { TILE_ROWS = 6, TILE_BYTES = 64 };
     }
 #endif
 
+enum {
+#if defined(__GNUC__) && defined(__AVX512F__)
+    TILES = 2 /* that a strip takes at once, if there are so many */
+#else
+    TILES = 1
+#endif
+};
+
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__AVX2__)
 /* A build for any x86-64, such as a wheel: the wider version where the processor has it. */
 #define DEFINE_STRIP_FOR(T)                                                                     \
-    DEFINE_STRIP(strip_##T##_wide, T, 32, FUSED_##T, __attribute__((target("avx2,fma"))))       \
-    DEFINE_STRIP(strip_##T##_plain, T, 16, PLAIN, )                                             \
+    DEFINE_STRIP(strip_##T##_wide, T, 32, FUSED_##T, __attribute__((target("avx2,fma"))), NO_REST) \
+    DEFINE_STRIP(strip_##T##_plain, T, 16, PLAIN, , NO_REST)                                    \
     static inline void strip_##T(STRIP_ARGUMENTS(T)) {                                          \
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                    \
             strip_##T##_wide(n, depth, a, row, step, b, ldb, hop, c, ldc, add);                 \
         else                                                                                    \
             strip_##T##_plain(n, depth, a, row, step, b, ldb, hop, c, ldc, add);                \
     }
+#elif defined(__AVX512F__)
+#define DEFINE_STRIP_FOR(T)                                                                     \
+    DEFINE_STRIP(strip_##T##_tile, T, 32, FUSED_##T, , NO_REST)                                 \
+    DEFINE_STRIP(strip_##T, T, 64, FUSED_##T, , strip_##T##_tile)
 #elif defined(__AVX2__) && defined(__FMA__)
-#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, FUSED_##T, )
+#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, FUSED_##T, , NO_REST)
 #elif defined(__AVX2__)
-#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, PLAIN, )
+#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 32, PLAIN, , NO_REST)
 #else
-#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 16, PLAIN, )
+#define DEFINE_STRIP_FOR(T) DEFINE_STRIP(strip_##T, T, 16, PLAIN, , NO_REST)
 #endif
 
 DEFINE_STRIP_FOR(float)
