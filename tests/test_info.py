@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,11 +185,25 @@ def test_doctor_gives_every_problem_a_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor.native, "status", lambda: {"gla": "not compiled", "norm": "", "rope": "not compiled"})
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
-    monkeypatch.setattr(doctor, "_cost", lambda: "")
+    monkeypatch.setattr(doctor, "_speed", lambda: doctor.Line("speed", ""))
     first, second, *_ = doctor.check_natives()
     assert first.text == "norm" and not first.mend
     assert "gla, rope" in second.text
     assert second.mend == "sudo apt install build-essential python3-dev && pip install -e ."
+
+
+def test_doctor_takes_the_best_round_and_says_what_to_try_when_natives_are_slower(monkeypatch):
+    """A busy moment in one round changes nothing; natives that are slower in every round are a problem."""
+    rounds = {"numpy": [], "cpu": []}
+    monkeypatch.setattr(doctor, "CpuBackend", lambda: SimpleNamespace(name="cpu", modules=["gla"]))
+    monkeypatch.setattr(doctor, "_step_ms", lambda be: rounds[be.name].pop())
+    rounds.update(cpu=[300.0, 60.0, 70.0], numpy=[110.0, 120.0, 115.0])
+    line = doctor._speed()
+    assert "60 ms with these natives, 110 ms without any" in line.text and not line.mend
+    rounds.update(cpu=[300.0, 160.0, 170.0], numpy=[110.0, 120.0, 500.0])
+    line = doctor._speed()
+    assert "160 ms with these natives, 110 ms without any: natives should be faster" in line.text
+    assert line.mend == "python train_small.py --threads 1" and not line.fatal
 
 
 def test_doctor_sees_compiled_modules_that_a_checkout_hides(tmp_path):

@@ -14,6 +14,20 @@ def my_lessons(tmp_path, monkeypatch):
     return tmp_path / "my"
 
 
+def test_doctor_ends_with_one_next_step(monkeypatch, capsys):
+    from minisb import doctor
+
+    findings = [doctor.Line("python", "3.x"), doctor.Line("speed", "slow", "mend me")]
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: findings,))
+    assert commands.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "mend it with: mend me" in said and "python train_small.py" not in said
+    assert said.splitlines()[-1].endswith("python -m lessons start 04")
+    findings.append(doctor.Line("cache", "cannot be written", "mend it", fatal=True))
+    assert commands.main(["doctor"]) == 1
+    assert "python -m lessons start" not in capsys.readouterr().out
+
+
 def test_a_lesson_from_start_to_pass(my_lessons, capsys):
     assert commands.main(["start", "04"]) == 0
     assert commands.main(["check", "4"]) == 1

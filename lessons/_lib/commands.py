@@ -74,19 +74,21 @@ def _parser():
 
 
 def doctor(args) -> int:
-    from minisb.doctor import main as examine
+    from minisb.doctor import examine
 
-    code = examine(None)
+    problems = examine()
     for name, text in lesson_findings():
         print(f"  {name:<12}{text}")
-    if code == OK:
-        print(
-            say(
-                "\nStart: read lessons/00_know_your_machine/lesson.md, then python -m lessons start 04",
-                "\n开始：先读 lessons/00_know_your_machine/lesson.zh.md，再运行 python -m lessons start 04",
-            )
+    if any(line.fatal for line in problems):
+        print(say("\nThis machine is not ready yet.", "\n这台机器还没有准备好。"))
+        return NOT_YET
+    print(
+        say(
+            "\nStart: read lessons/00_know_your_machine/lesson.md, then python -m lessons start 04",
+            "\n开始：先读 lessons/00_know_your_machine/lesson.zh.md，再运行 python -m lessons start 04",
         )
-    return code
+    )
+    return OK
 
 
 def lesson_findings():
