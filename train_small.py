@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+
+# ruff: noqa: E402
+NOTHING_SAVED = "\nstopped; nothing was saved yet, so start again with the same command"
+if __name__ == "__main__":  # Ctrl-C while the modules below load, which takes a moment: a sentence, not a traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(print(NOTHING_SAVED, file=sys.stderr) or 130))
 
 import minisb
 from minisb import checkpoint, cli
@@ -78,6 +84,16 @@ def main(argv) -> int:
     began = time.perf_counter()
     args = parser().parse_args(argv)
     folder, config, settings = stored_run(args) if args.resume else new_run(args)
+    try:
+        return train(args, folder, config, settings, began)
+    except KeyboardInterrupt:  # before the first step, while the last words are written, or pressed twice
+        saved = checkpoint.is_run(folder)
+        print(f"\nstopped; go on with: {_script()} --resume {folder}" if saved else NOTHING_SAVED, file=sys.stderr)
+        return cli.INTERRUPTED
+
+
+def train(args, folder: Path, config, settings: TrainSettings, began: float) -> int:
+    """A run from its first line on the screen to its last -> exit code."""
     be, why = choose(settings.device, settings.native, args.threads)
     if args.graph == "on" and be.name != "cuda":
         raise MinisbError("--graph on needs a GPU: there is nothing to record on a CPU.")
@@ -141,12 +157,24 @@ def stored_run(args):
     config, settings = stored["model"], TrainSettings.from_dict(stored["training"])
     values = {**config.to_dict(), **asdict(settings), "out": str(folder)}
     for name, value in _given(args, ("preset", *CONFIG_FLAGS, *TRAIN_FLAGS, "out")).items():
+        if name == "steps" and value != config.steps:
+            raise MinisbError(
+                f"--steps cannot change in a resumed run, which has {config.steps}: its learning rate falls to zero "
+                f"over just these, so a run of another length differs from its first step on; start one with: "
+                f"{_another_length(config, value)}"
+            )
         if value != values[name]:
             raise MinisbError(
                 f"--{name.replace('_', '-')} cannot change in a resumed run, which has {values[name]}: "
                 "leave the flag away, or start a new run without --resume."
             )
     return folder, config, replace(settings, **_given(args, MACHINE_FLAGS))
+
+
+def _another_length(config, steps: int) -> str:
+    if config.preset in PRESETS:
+        return f"{_script()} --preset {config.preset} --steps {steps}"
+    return f"python -m minisb upcycle RUN --steps {steps} --out DIR"  # which calls its runs PRESET-moe
 
 
 def _given(args, names) -> dict:
@@ -238,4 +266,5 @@ def _script(name: str = "train_small.py") -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(cli.run(main))

@@ -6,6 +6,7 @@ D head size, F feed-forward width, V vocabulary, W window, L layers, E experts, 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from dataclasses import asdict, dataclass, fields
@@ -336,5 +337,7 @@ PRESETS: dict[str, type[Config]] = {
 def preset(name: str, **changes) -> Config:
     """The preset `name` with some settings changed.  Raises MinisbError for an unknown name."""
     if name not in PRESETS:
-        raise MinisbError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}.")
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.7)
+        meant = f", did you mean {near[0]}?  Choose" if near else "; choose"
+        raise MinisbError(f"unknown preset {name!r}{meant} from {', '.join(PRESETS)}.")
     return PRESETS[name](**changes)

@@ -50,6 +50,8 @@ def fails(home, monkeypatch, capsys):
     "flags, words",
     [
         (["--preset", "huge"], ["unknown preset 'huge'", "nano", "7b-mini"]),
+        (["--preset", "nanno"], ["unknown preset 'nanno', did you mean nano?", "7b-mini"]),
+        (["--preset", "7B"], ["unknown preset '7B', did you mean 7b?"]),
         (["--device", "cuda"], ["GPU", "--device cpu"]),
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--dtype", "bfloat16"], ["bfloat16", "GPU"]),
@@ -78,6 +80,7 @@ def fails(home, monkeypatch, capsys):
         ([*TINY, "--out", "text/0.txt"], ["text/0.txt"]),
         (["--resume", "nowhere"], ["no run in nowhere"]),
         (["--resume", "run", "--lr", "1"], ["--lr", "cannot change"]),
+        (["--resume", "run", "--steps", "8"], ["--steps", "cannot change", "--preset tiny --steps 8"]),
         (["--resume", "run", "--data", "stdlib"], ["--data", "cannot change"]),
         (["--resume", "run", "--out", "other"], ["--out", "cannot change"]),
     ],

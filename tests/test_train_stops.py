@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -13,13 +14,16 @@ import pytest
 import tiny_run
 from test_train import BYTES, CONFIG, DATA, SETTINGS, begin, records, same
 
-from minisb import checkpoint, train
+from minisb import checkpoint, cli, train
 from minisb.backend import Backend
 from minisb.data import batch
 from minisb.errors import MinisbError
 from minisb.model import SpikingBrain
 from minisb.optim import update
 from minisb.train import TrainSettings, resume, start
+
+sys.path.insert(0, str(tiny_run.ROOT))
+import train_small  # noqa: E402
 
 
 def test_resumed_from_any_checkpoint_is_bit_equal(tmp_path, monkeypatch):
@@ -101,6 +105,43 @@ def test_script_says_how_to_resume(tmp_path, monkeypatch):
     promised = {"params", "steps", "tokens", "train_loss", "val_loss", "val_loss_spike", "bigram_loss", "sparsity",
                 "tok_per_s", "wall_s", "device", "native"}  # fmt: skip
     assert promised <= set(result) and result["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    "where, words",
+    [
+        ("load_tokens", "nothing was saved yet, so start again with the same command"),
+        ("_introduce", "go on with: python {script} --resume run"),  # step 0 is on disk
+        ("_conclude", "go on with: python {script} --resume run"),
+    ],
+)
+def test_ctrl_c_outside_the_loop_says_how_to_go_on(tmp_path, monkeypatch, capsys, where, words):
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tiny_run.write_text(tmp_path / "text")
+
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_small, where, pressed)
+    flags = ["--preset", "tiny", "--data", "text", "--native", "none", "--out", "run", "--steps", "2"]
+    assert cli.run(train_small.main, flags) == 130
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("stopped; " + words.format(script=tiny_run.ROOT / "train_small.py")), said
+    monkeypatch.undo()
+    monkeypatch.setenv("MINISB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(train_small.main, ["--resume", "run"] if "--resume" in words else flags) == 0
+
+
+def test_ctrl_c_while_modules_load_is_a_sentence(tmp_path):
+    """A module that train_small.py loads presses Ctrl-C in its first line."""
+    (tmp_path / "tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    script = [sys.executable, str(tiny_run.ROOT / "train_small.py"), "--help"]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 130 and not done.stdout
+    assert done.stderr.strip() == train_small.NOTHING_SAVED.strip()
 
 
 # --- going wrong
