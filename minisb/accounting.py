@@ -7,17 +7,18 @@ A multiply-add is 2 FLOPs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
 from minisb.config import Config
 from minisb.model import specs
+from minisb.ops.w8aspike import GROUP
 from minisb.params import Spec, count
+from minisb.quantized import GATE_PAIR, float_routers, matrix_shapes, scale_groups
 
 #: Contexts of the decoding tables.
 CONTEXTS = {"4k": 4096, "128k": 131072, "1M": 1048576}
-#: Inputs that share one scale in an INT8 weight.
-SCALE_GROUP = 128
 FP32, BF16 = 4, 2
 
 
@@ -111,22 +112,24 @@ def _part(c: Config, spec: Spec) -> str:
 
 
 def weight_bytes(c: Config) -> dict:
-    """Bytes of the weights: fp32 (4 a parameter), bf16 (2), int8.
+    """Bytes of the weights: fp32 (4 a parameter), bf16 (2), and as `python -m minisb quantize` writes them.
 
-    int8: the projections inside the layers take 1 byte a weight and one fp32 scale per output row
-    and 128 inputs (the last group of a row may be shorter); embedding, head, norms and biases
-    stay in bf16.
+    int8: matrices inside the layers take 1 byte a weight and one fp32 scale per output row and 128 inputs (the last
+    group of a row may be shorter); the gate's low-rank pair is multiplied out into one.  Embedding, head, norms and
+    biases stay in fp32.  int8_embedding (--quantize-embedding): so are embedding and head, with one scale a row.
     """
-    int8 = 0
-    for spec in specs(c):
-        if _is_projection(spec):
-            inputs = spec.shape[-1]
-            rows = spec.size // inputs
-            int8 += spec.size + rows * -(-inputs // SCALE_GROUP) * FP32
-        else:
-            int8 += spec.size * BF16
     n = count(specs(c))
-    return {"fp32": n * FP32, "bf16": n * BF16, "int8": int8}
+    int8 = {"int8": _quantized_bytes(c, False), "int8_embedding": _quantized_bytes(c, True)}
+    return {"fp32": n * FP32, "bf16": n * BF16, **int8}
+
+
+def _quantized_bytes(c: Config, embedding: bool) -> int:
+    everything, found = specs(c), 0
+    matrices = matrix_shapes(everything, embedding, float_routers(c))
+    for name, (*rows, inputs) in matrices.items():
+        found += math.prod(rows) * (inputs + FP32 * scale_groups(name, inputs, GROUP))
+    floats = [s for s in everything if s.name not in matrices and not s.name.endswith(GATE_PAIR)]
+    return found + FP32 * count(floats)
 
 
 def optimizer_bytes(c: Config) -> dict:

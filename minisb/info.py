@@ -1,13 +1,15 @@
-"""`python -m minisb info PRESET`: the layer table and the costs of a preset, for people or as JSON."""
+"""`python -m minisb info PRESET`: the layer table and the costs of a preset or a run, for people or as JSON."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from minisb import checkpoint
 from minisb.accounting import CONTEXTS, report
-from minisb.config import PRESETS, preset
+from minisb.config import PRESETS, Config, preset
 
-HELP = "layers, parameters, memory and FLOPs of a preset; allocates nothing"
+HELP = "layers, parameters, memory and FLOPs of a preset or of a run's folder; allocates nothing"
 
 PART_NAMES = {
     "embedding": "embedding",
@@ -28,14 +30,21 @@ PART_NAMES = {
 
 
 def add_arguments(parser):
-    parser.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    parser.add_argument("preset", metavar="PRESET", help=f"{', '.join(PRESETS)}, or the folder of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def main(args) -> int:
-    found = report(preset(args.preset))
+    found = report(described(args.preset))
     print(json.dumps(found) if args.json else text(found))
     return 0
+
+
+def described(name: str) -> Config:
+    """The preset of that name, or the settings of the run in that folder."""
+    if name not in PRESETS and (Path(name).is_dir() or Path(name).name != name):
+        return checkpoint.load_config(name)["model"]
+    return preset(name)
 
 
 def text(found: dict) -> str:
@@ -88,10 +97,11 @@ def _parameters(found):
 
 
 def _bytes(found):
-    weights, optimizer = found["weight_bytes"], found["optimizer_bytes"]
+    optimizer, weights = found["optimizer_bytes"], {k: _size(n) for k, n in found["weight_bytes"].items()}
     yield "memory (kB, MB, GB, TB: powers of 1000)"
-    yield "  weights               " + "".join(f"{name} {_size(n):<14}" for name, n in weights.items()).rstrip()
-    yield "                        (int8: projections with an fp32 scale per 128 inputs, the rest bf16)"
+    yield f"  weights               fp32 {weights['fp32']:<14}bf16 {weights['bf16']}"
+    yield f"  quantised             int8 {weights['int8']}, with --quantize-embedding {weights['int8_embedding']}"
+    yield "                        (as `quantize` writes it: matrices in int8 with fp32 scales, the rest fp32)"
     yield f"  optimiser, fp32       moments {_size(optimizer['moments'])}, gradient {_size(optimizer['gradient'])}"
     total = _size(optimizer["training_total"])
     yield f"  training, fp32        weights, gradient and moments {total}, plus activations"

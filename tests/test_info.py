@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from minisb import accounting, bench, blas, doctor
+from minisb import accounting, bench, blas, checkpoint, doctor
 from minisb.__main__ import COMMANDS, main
 from minisb.backend import Backend, default_threads
 from minisb.config import PRESETS, Config, preset
 from minisb.errors import MinisbError
 from minisb.model import SpikingBrain, specs
 from minisb.params import ParamStore, count
+from minisb.quantized import empty_tensors, float_routers
 
 SMALL = Config(vocab=50, width=8, layers=4, heads=4, kv_heads=2, head_dim=2, ffn=12, window=6, seq_len=10, gate_rank=3)
 
@@ -49,7 +50,9 @@ def test_every_preset_adds_up(name):
     for kind in kinds:
         assert sum(tensor["parameters"] for tensor in kind["tensors"]) == kind["parameters"]
     weights = found["weight_bytes"]
-    assert weights["fp32"] == 4 * total == 2 * weights["bf16"] and total < weights["int8"] < weights["bf16"]
+    assert weights["fp32"] == 4 * total == 2 * weights["bf16"]
+    assert total < weights["int8_embedding"] < weights["bf16"] and weights["int8_embedding"] < weights["int8"]
+    assert weights["int8"] < weights["fp32"]
     assert found["optimizer_bytes"]["moments"] == 8 * total
 
 
@@ -88,7 +91,20 @@ def test_int8_by_hand():
     weights = sum(rows * inputs for rows, inputs in projections.values())
     scales = sum(rows * -(-inputs // 128) for rows, inputs in projections.values())
     rest = count(specs(c)) - weights
-    assert accounting.weight_bytes(c)["int8"] == weights + 4 * scales + 2 * rest
+    found = accounting.weight_bytes(c)
+    assert found["int8"] == weights + 4 * scales + 4 * rest
+    embedding = c.vocab * 300  # tied; 4 bytes a weight before, 1 and a scale a row after
+    assert found["int8_embedding"] == found["int8"] - 3 * embedding + 4 * c.vocab
+
+
+@pytest.mark.parametrize("name", ["nano", "7b-mini", "76b-tiny"])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_int8_is_what_quantize_writes(name, embedding):
+    """The gate's pair multiplied out, experts, an untied head, a router that stays float."""
+    c = preset(name, spike=("q", "down"))
+    written = empty_tensors(specs(c), 128, embedding, float_routers(c))
+    key = "int8_embedding" if embedding else "int8"
+    assert accounting.weight_bytes(c)[key] == sum(x.nbytes for x in written.values())
 
 
 def test_flops_by_hand():
@@ -154,8 +170,26 @@ def test_info_as_json(capsys):
     }  # fmt: skip
 
 
+def test_info_of_a_run(tmp_path, capsys):
+    checkpoint.save_config(tmp_path, preset("nano", ffn=96), {}, SimpleNamespace(settings={}), {})
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["ffn"] == 96
+    assert found["parameters"]["total"] == count(specs(preset("nano", ffn=96)))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(MinisbError, match="there is no run in"):
+        main(["info", str(tmp_path / "nothing")])
+
+
 @pytest.mark.parametrize(
-    "arguments, words", [(["info", "8b"], "unknown preset"), (["levitate"], "levitate"), ([], "COMMAND")]
+    "arguments, words",
+    [
+        (["info", "8b"], "unknown preset '8b'"),
+        (["info", "nanno"], "did you mean nano?"),
+        (["info", "runs/nowhere"], "no run in runs/nowhere"),
+        (["levitate"], "levitate"),
+        ([], "COMMAND"),
+    ],
 )
 def test_bad_commands_are_one_sentence(arguments, words):
     with pytest.raises(MinisbError, match=words):
