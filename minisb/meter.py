@@ -32,16 +32,16 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("silent", 0.184, "share of (token, channel) pairs with count 0"),
-    Quantity("silent_channels", 0.184, "share of channels with count 0 at every token of the sample (other reading)"),
-    Quantity("at_most_7", 0.941, "share of (token, channel) with |count| <= 7"),
-    Quantity("over_7", 0.059, "share of (token, channel) with |count| > 7, long trains (a press account says 1.85 %)"),
-    Quantity("over_16", 0.01, "share of (token, channel) with |count| > 16 (about 1 %)"),
-    Quantity("mean_count", None, "mean of |count| over (token, channel), silent ones included", False),
-    Quantity("spikes_per_channel", 1.13, "spikes of the bidirectional code a (token, channel), nothing clipped", False),
-    Quantity("spikes_per_firing", 1.13, "the same over those that fire (other reading: fits 69.15 %)", False),
+    Quantity("silent_channels", 0.184, "share of channels with count 0 at every token (18.4 % may mean this)"),
+    Quantity("at_most_7", 0.941, "share of pairs with |count| <= 7"),
+    Quantity("over_7", 0.059, "share of pairs with |count| > 7, long trains (a press account says 1.85 %)"),
+    Quantity("over_16", 0.01, "share of pairs with |count| > 16 (the report: about 1 %)"),
+    Quantity("mean_count", None, "mean of |count| over all pairs, silent ones included", False),
+    Quantity("spikes_per_channel", 1.13, "spikes of the bidirectional code a pair, nothing clipped", False),
+    Quantity("spikes_per_firing", 1.13, "the same over those that fire (1.13 may mean this: 69.15 % follows)", False),
     Quantity("sparsity", 0.6915, "empty slots of the 3-step bidirectional window, counts clipped to 7"),
-    Quantity("sparsity_firing", 0.6915, "the same over channels that fire (other reading: 1 - 1.13/3 = 62.3 %)"),
-    Quantity("sparsity_full", None, "empty slots of the bidirectional code, as many steps as the largest count needs"),
+    Quantity("sparsity_firing", 0.6915, "the same over those that fire (69.15 % may mean this)"),
+    Quantity("sparsity_full", None, "empty slots, in as many steps as the largest count needs"),
 )  # fmt: skip
 #: Sparsity over k in the report.
 REPORT_SPARSITY = {2.0: 0.730, 2.5: 0.709, 3.0: 0.692, 3.5: 0.677, 4.0: 0.664}

@@ -152,6 +152,9 @@ def test_the_command_prints_tables(run, capsys):
     for q in QUANTITIES:
         assert any(q.key in line and q.definition in line for line in lines)
     assert any("69.15%" in line for line in lines) and any("layers.1.mlp.down" in line for line in lines)
+    words = " ".join(printed.out.split())
+    assert "small costs on few tokens are noise" in words and "(these are from 64;" in words
+    assert "other reading" not in words and "the 7B" in words and max(map(len, lines)) <= 120
     account = lines[next(i for i, line in enumerate(lines) if line.startswith("energy")) :]
     account = account[: account.index("  constants, published figures in pJ:")]
     numbers = [line for line in account if any(c.isdigit() for c in line)]
