@@ -9,6 +9,7 @@ import pytest
 from minisb import gradcheck, native
 from minisb.backend import Backend, CpuBackend
 from minisb.config import SPIKE_PROJECTIONS, Config
+from minisb.errors import MinisbError
 from minisb.model import SpikingBrain, specs
 from minisb.ops.adamw import adamw, grad_norm
 from minisb.ops.cross_entropy import IGNORE
@@ -213,3 +214,23 @@ def test_the_store_holds_what_the_specs_say():
         assert set(model.store.p) == {spec.name for spec in specs(config)}
         assert sum(p.size for p in model.store.p.values()) == count(specs(config))
         assert ("lm_head.weight" in model.store.p) is not tied
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda model: model.forward([[1, 2]]), r"ids \(B,T\), such as np.array\(\[\[1, 2, 3\]\]\); got the list"),
+        (lambda model: model.forward(np.array([1, 2])), r"got int64 of shape \(2,\)"),
+        (lambda model: model.forward(np.ones((1, 2))), "got float64"),
+        (lambda model: model.prefill([[1]], model.new_state()), "got the list"),
+        (lambda model: model.loss([[1]], np.array([[2]])), "got the list"),
+        (lambda model: model.step(3, model.new_state()), r"ids \(B,\), such as np.array\(\[1\]\); got the int 3"),
+        (lambda model: model.step(np.int64(3), model.new_state()), r"got int64 of shape \(\)"),
+        (lambda model: model.step([3], model.new_state()), "got the list"),
+        (lambda model: model.step(np.array([[3]]), model.new_state()), r"got int64 of shape \(1, 1\)"),
+    ],
+)
+def test_tokens_that_are_no_array_of_ids_are_one_sentence(call, words):
+    model = model_of(replace(TINY, sinks=2), Backend(1))
+    with pytest.raises(MinisbError, match=words):
+        call(model)
