@@ -95,12 +95,13 @@ def add_norm(be, x, delta, w, eps):
     return add_rmsnorm_forward(be, x, delta, w, eps)
 
 
-def check_tokens(tokens, shape: str, example: str):
-    """MinisbError unless tokens is an array of whole numbers of that shape; looks at none of the numbers."""
-    axes = getattr(tokens, "shape", None)
-    if axes is None or len(axes) != len(shape.strip("(),").split(",")) or tokens.dtype.kind not in "iu":
-        got = f"the {type(tokens).__name__} {tokens!r:.40}" if axes is None else f"{tokens.dtype} of shape {axes}"
-        raise MinisbError(f"tokens are an array of ids {shape}, such as np.array({example}); got {got}.")
+def check_tokens(tokens, axes: int):
+    """MinisbError unless tokens is an array of whole numbers with so many axes; looks at none of the numbers."""
+    if getattr(tokens, "ndim", None) != axes or tokens.dtype.kind not in "iu":
+        wanted = "(B,T), such as np.array([[1, 2, 3]])" if axes == 2 else "(B,), such as np.array([1])"
+        array = hasattr(tokens, "dtype")
+        got = f"{tokens.dtype} of shape {tokens.shape}" if array else f"the {type(tokens).__name__} {tokens!r:.40}"
+        raise MinisbError(f"tokens are an array of ids {wanted}; got {got}.")
 
 
 class SpikingBrain:
@@ -163,7 +164,7 @@ class SpikingBrain:
 
     def step(self, tokens, state: DecodeState, spike=False):
         """Read one token each (B,); state is updated -> logits (B,V)."""
-        check_tokens(tokens, "(B,)", "[1]")
+        check_tokens(tokens, 1)
         return self.prefill(tokens[:, None], state, spike)
 
     def _context(self, length: int, start: int, spike, tap, **how) -> Context:
@@ -185,7 +186,7 @@ class SpikingBrain:
 
         aux: see Context.
         """
-        check_tokens(tokens, "(B,T)", "[[1, 2, 3]]")
+        check_tokens(tokens, 2)
         S = self.config.sinks
         memories, s_sinks = [None] * len(self.blocks), None
         if S and (state is None or state.position == 0):
