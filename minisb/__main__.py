@@ -5,6 +5,7 @@ A command is a module with HELP, add_arguments(parser) and main(args) -> exit co
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 
@@ -21,9 +22,24 @@ COMMANDS = {
     "experts": "minisb.experts_cli",
 }
 
+#: What stands beside the commands, for the end of the help text.
+BESIDE = """also to run:
+  python train_small.py                      train; --help lists its flags
+  python sample.py RUN                       write text with a trained run
+  python -m minisb.plots RUN PICTURE.png     the loss curve of a run (extra plots)
+  python -m minisb.kernels                   compile every CUDA kernel; needs no GPU (extra cuda-check)
+  python -m lessons                          build the pieces yourself
+
+extras, pip install -e ".[NAME]": plots, lessons, test, bench, gpu, gpu12, cuda-check"""
+
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m minisb", description="The tools of minisb.")
+    parser = Parser(
+        prog="python -m minisb",
+        description="The tools of minisb.  python -m minisb COMMAND --help says more.",
+        epilog=BESIDE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         module = importlib.import_module(module)

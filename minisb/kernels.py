@@ -313,12 +313,14 @@ def summary(tasks) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minisb.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", metavar="sm_XX", help="default: all, as ARCHITECTURES says")
-    parser.add_argument("--dtype", nargs="+", default=ELEMENTS, choices=ELEMENTS)
-    parser.add_argument("--file", nargs="+", choices=list(files()), help="kernel files (default: all)")
+    parser.add_argument("--dtype", nargs="+", metavar="T", default=ELEMENTS, choices=ELEMENTS, help=", ".join(ELEMENTS))
+    parser.add_argument(
+        "--file", nargs="+", metavar="NAME", choices=list(files()), help=f"default: all of {', '.join(files())}"
+    )
     parser.add_argument("--verbose", action="store_true", help="registers and local memory of every kernel")
     args = parser.parse_args(argv)
     if not has_compiler():
-        print('error: the compiler is not installed: pip install "minisb[cuda-check]"', file=sys.stderr)
+        print('error: the compiler is not installed: pip install -e ".[cuda-check]"', file=sys.stderr)
         return 2
     began, heavy = time.perf_counter(), set()
     tasks = combinations(args.arch, args.dtype, args.file)

@@ -251,6 +251,9 @@ def _some_counts(model, sample, channels: int = 32, most: int = 15):
 
 def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(arguments) != 2:
         raise MinisbError("usage: python -m minisb.plots RUN|SWEEP.json PICTURE.png")
     source, picture = arguments

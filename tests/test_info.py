@@ -1,10 +1,12 @@
 """python -m minisb: counts, bytes and FLOPs against arithmetic by hand; doctor and bench."""
 
 import json
+import re
 import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+import tiny_run
 
 from minisb import accounting, bench, blas, checkpoint, doctor
 from minisb.__main__ import COMMANDS, main
@@ -202,6 +204,9 @@ def test_help_names_every_command(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
+    project = (tiny_run.ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"^([\w-]+) = ", project.split("[project.optional-dependencies]")[1].split("\n[")[0], re.M)
+    assert "cuda-check" in extras and all(name in out.rpartition("extras")[2] for name in extras)
 
 
 # --- doctor
