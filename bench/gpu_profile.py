@@ -21,7 +21,7 @@ from minisb.gpu import Rows
 IN_PLACE = {
     "adamw": ("p", "m", "v"),
     "add_bias": ("y",),
-    "add_slices": ("total",),
+    "add_slices": ("total", "second"),
     "cross_entropy": ("logits",),
     "gla_fast_scan": ("S",),
     "grouped_backward_w": ("dw",),

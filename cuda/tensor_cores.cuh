@@ -47,6 +47,14 @@ __device__ inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// An 8 x 8 tile, a word of two neighbours a lane as results have them, rounded -> its transposed, the same way.
+__device__ inline u32 transposed(u32 tile)
+{
+    u32 to;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(tile));
+    return to;
+}
+
 // Two neighbours as one word, the first in the low half.
 __device__ inline u32 pack(float low, float high)
 {

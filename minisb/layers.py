@@ -14,7 +14,7 @@ from minisb.config import Config
 from minisb.ops.attention import attention_backward, attention_forward, attention_step
 from minisb.ops.decode import decode_attention, decode_ffn, decode_gla
 from minisb.ops.ffn import ffn_backward, ffn_forward
-from minisb.ops.gate import log_gate_backward, log_gate_forward
+from minisb.ops.gate import log_gate_forward, low_rank_gate_backward, low_rank_gate_forward
 from minisb.ops.gla import gla_backward, gla_forward, gla_step
 from minisb.ops.heads import (
     ends,
@@ -23,7 +23,7 @@ from minisb.ops.heads import (
     sigmoid_heads_backward,
     sigmoid_heads_forward,
 )
-from minisb.ops.linear import add, linear_backward, linear_forward
+from minisb.ops.linear import add
 from minisb.ops.norm import rmsnorm_backward, rmsnorm_forward
 from minisb.ops.rope import rope_backward, rope_forward
 from minisb.ops.sinks import sinks_backward, sinks_forward, sinks_state_backward
@@ -111,7 +111,7 @@ class GatedLinearAttention(Mixer):
         """See Mixer.  memory: the state after the last token."""
         be, c = ctx.be, self.c
         B, T, _ = rows.shape
-        log_g = low_rank = s_gate = s_gla = memory = None
+        log_g = s_gate = s_gla = memory = None
         if c.feature_map == "relu":
             q, k, v, s_heads = relu_heads_forward(be, rows, c.heads, c.kv_heads, c.head_dim)
         else:
@@ -119,8 +119,11 @@ class GatedLinearAttention(Mixer):
             q, k, v, log_g, s_heads = sigmoid_heads_forward(be, rows, c.heads, c.kv_heads, c.head_dim, tied)
         if log_g is None:
             low_rank = rows[..., ends(c.heads, c.kv_heads, c.head_dim)[2] :]
-            z = low_rank if self.merged else linear_forward(be, low_rank, self.gate_w, self.gate_b)
-            log_g, s_gate = log_gate_forward(be, z.reshape(k.shape), c.gate_divisor)
+            if self.merged:
+                log_g, _ = log_gate_forward(be, low_rank, c.gate_divisor)
+            else:
+                log_g, s_gate = low_rank_gate_forward(be, low_rank, self.gate_w, self.gate_b, c.gate_divisor)
+            log_g = log_g.reshape(k.shape)
         if state is None:
             start = None if sinks is None else be.xp.repeat(sinks, B, axis=0)
             o, memory, s_gla = gla_forward(be, q, k, v, log_g, start)
@@ -129,11 +132,11 @@ class GatedLinearAttention(Mixer):
         else:
             o, state.matrix, _ = gla_forward(be, q, k, v, log_g, state.matrix)
         o, s_norm = rmsnorm_forward(be, o, self.g_norm, c.norm_eps)
-        return o.reshape(B, T, -1), memory, (rows.shape, s_heads, low_rank, s_gate, s_gla, s_norm, sinks is not None)
+        return o.reshape(B, T, -1), memory, (rows.shape, s_heads, s_gate, s_gla, s_norm, sinks is not None)
 
     def mix_backward(self, be, do, saved, dmemory=None):
         """See Mixer."""
-        shape, s_heads, low_rank, s_gate, s_gla, s_norm, has_sinks = saved
+        shape, s_heads, s_gate, s_gla, s_norm, has_sinks = saved
         do = rmsnorm_backward(be, do.reshape(s_heads[0].shape), s_norm, self.dg_norm)
         dq, dk, dv, dlog_g, dstart = gla_backward(be, do, dmemory, s_gla)
         drows = be.xp.empty(shape, do.dtype)
@@ -141,11 +144,9 @@ class GatedLinearAttention(Mixer):
             relu_heads_backward(be, dq, dk, dv, s_heads, drows)
         else:
             sigmoid_heads_backward(be, dq, dk, dv, dlog_g, s_heads, drows)
-        if low_rank is not None:
-            dz = log_gate_backward(be, dlog_g, s_gate).reshape(*shape[:2], -1)
-            drows[..., -low_rank.shape[-1] :] = linear_backward(
-                be, dz, low_rank, self.gate_w, self.dgate_w, self.dgate_b
-            )
+        if s_gate is not None:
+            dlow_rank = drows[..., -self.c.gate_rank :]
+            low_rank_gate_backward(be, dlog_g.reshape(*shape[:2], -1), s_gate, dlow_rank, self.dgate_w, self.dgate_b)
         return drows, sinks_state_backward(be, dstart) if has_sinks else None
 
 

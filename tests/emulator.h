@@ -87,6 +87,7 @@ inline int __dp4a(int a, int b, int sum)
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fdividef(float x, float y) { return x / y; }
 
 namespace emulator {
 
@@ -322,6 +323,14 @@ inline void load_tiles_transposed(unsigned (&to)[4], const void* row)
         const unsigned short *low = rows(8 * i + lane % 4 * 2), *high = rows(8 * i + lane % 4 * 2 + 1);
         to[i] = low[lane / 4] | (unsigned)high[lane / 4] << 16;
     }
+}
+
+inline unsigned transposed(unsigned tile)
+{
+    auto tiles = emulator::exchange(tile);
+    const int row = emulator::number() % 32 / 4, column = emulator::number() % 4 * 2;  // of the transposed
+    auto at = [&](int r, int c) { return tiles(4 * r + c / 2) >> c % 2 * 16 & 0xffff; };
+    return at(column, row) | at(column + 1, row) << 16;
 }
 
 inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)

@@ -152,6 +152,27 @@ def log_gate(N):
     return Case(f"log_gate-{N}", ("log_gate_forward", "log_gate_backward"), inputs, forward, backward)
 
 
+def low_rank_gate(R, J):
+    """Its input and that one's gradient are columns of something wider."""
+    natives = ("low_rank_gate_forward", "low_rank_gate_backward", "log_gate_forward", "log_gate_backward")
+
+    def forward(be, x):
+        log_g, saved = gate.low_rank_gate_forward(be, x["x"][..., 3:], x["w"], x["b"], 16.0)
+        return {"log_g": log_g}, saved
+
+    def backward(be, d, saved, x, grads):
+        dx = np.full_like(x["x"], 7)
+        gate.low_rank_gate_backward(be, d["log_g"], saved, dx[..., 3:], grads["w"], grads["b"])
+        assert (dx[..., :3] == 7).all()
+        dx[..., :3] = 0
+        return {"x": dx}
+
+    def inputs(rng, T):
+        return {"x": normal(rng, 2, T, 3 + R), "w": normal(rng, J, R), "b": normal(rng, J)}
+
+    return Case(f"low_rank_gate-{R}-{J}", natives, inputs, forward, backward, ("w", "b"), local=False)
+
+
 def project(n_in, n_out, biased):
     def forward(be, x):
         return {"y": linear.linear_forward(be, x["x"], x["w"], x["b"])}, None
@@ -244,7 +265,8 @@ def linear_attend(H, G, D, strongest=-5.0):
 CASES = [
     rmsnorm(7), rmsnorm(33), add_rmsnorm(7), add_rmsnorm(33),
     relu_heads(6, 2, 5), relu_heads(3, 3, 6), rotary(6, 2, 6), rotary(3, 3, 10),
-    swi(7), swi(33), feed_forward(40, 55), log_gate(7), log_gate(33), project(7, 33, 7), project(33, 11, 5),
+    swi(7), swi(33), feed_forward(40, 55), log_gate(7), log_gate(33), low_rank_gate(5, 24),
+    project(7, 33, 7), project(33, 11, 5),
     embed(11, 7), embed(5, 40),
     loss(11), loss(33),
     attend(6, 2, 6, 5), attend(3, 3, 5, 64), attend(6, 2, 16, 1000),

@@ -12,13 +12,14 @@ from minisb.launchers.grid import (
     contiguous,
     each,
     flat,
+    has_tensor_cores,
     int32,
     row_lanes,
     shared_rows,
     sliced_sum,
     wide_type,
 )  # fmt: skip
-from minisb.ops import norm
+from minisb.ops import gate, norm
 from minisb.ops.cross_entropy import IGNORE
 from minisb.ops.spike import VTH_MAX, VTH_MIN
 
@@ -83,12 +84,12 @@ def linear_backward(be, dy, x, w, dw, db=None, dx=None):
     accumulate = dx is not None
     if dx is None:
         dx = be.xp.empty((*dy.shape[:-1], w.shape[1]), dy.dtype)
-    be.gemm(flat(dy), w, out=flat(dx), accumulate=accumulate)
-    be.gemm(flat(dy), flat(x), out=dw, ta=True, accumulate=True)
-    if db is not None:
+    if db is not None:  # first: what wrote dy has left some of it in the cache
         columns = Rows(flat(dy)[:, : db.size])
         rows, J = columns.matrix.shape
         sliced_sum(be, "column_sums", dy, lambda partial: (columns, partial, rows, J, columns.stride), rows, J, db)
+    be.gemm(flat(dy), w, out=flat(dx), accumulate=accumulate)
+    be.gemm(flat(dy), flat(x), out=dw, ta=True, accumulate=True)
     return dx
 
 
@@ -156,6 +157,52 @@ def log_gate_backward(be, dlog_g, saved):
     dz = be.xp.empty_like(z)
     each(be, "log_gate_backward", z, z.size, dlog_g, z, dz, z.size, divisor)
     return dz
+
+
+# Rank of the gate, at most -> its kernels on tensor cores, and the warps that a block of backward has at most.
+LOW_RANK = {
+    16: ("low_rank_gate_forward_16", "low_rank_gate_backward_16", 16),
+    32: ("low_rank_gate_forward_32", "low_rank_gate_backward_32", 8),
+}
+GATE_WARPS = 8  # of a block, if the gate has no more columns than these take
+
+
+def low_rank_gate_forward(be, x, w, b, divisor):
+    kernels, threads, a_block = _low_rank(be, w)
+    if not kernels:
+        return gate.low_rank_gate_forward.reference(be, x, w, b, divisor)
+    (J, R), rows = w.shape, Rows(flat(x))
+    N = rows.matrix.shape[0]
+    log_g = be.xp.empty((*x.shape[:-1], J), wide_type(x))
+    blocks = min(-(-N // a_block), 8 * MULTIPROCESSORS)
+    be.launch(kernels[0], x, blocks, threads, rows, rows.stride, w, b, log_g, N, J, R, divisor)
+    return log_g, (x, w, b, divisor, None)
+
+
+def low_rank_gate_backward(be, dlog_g, saved, dx, dw, db):
+    x, w, b, divisor, _ = saved
+    kernels, threads, a_block = _low_rank(be, w)
+    if not kernels:
+        return gate.low_rank_gate_backward.reference(be, dlog_g, saved, dx, dw, db)
+    (dlog_g,) = contiguous(be, dlog_g)
+    (J, R), rows, written = w.shape, Rows(flat(x)), Rows(flat(dx))
+    N = rows.matrix.shape[0]
+    blocks = min(-(-N // a_block), 512 // threads * MULTIPROCESSORS)  # as many as run at once
+    partial = be.xp.empty((blocks, J * R + J), wide_type(x))
+    arrays = dlog_g, rows, rows.stride, w, b, written, written.stride, partial
+    be.launch(kernels[1], x, blocks, threads, *arrays, N, J, R, divisor)
+    add_slices(be, x, partial, dw, db)
+    return dx
+
+
+def _low_rank(be, w):
+    """The kernels on tensor cores that fit w (J,R), if any do; threads of a block, and its rows of a round."""
+    J, R = w.shape
+    groups, found = -(-J // 32), LOW_RANK.get(-(-R // 16) * 16)
+    if not found or groups > found[2] or not has_tensor_cores(be, w):
+        return None, 0, 0
+    teams = max(1, GATE_WARPS // groups)
+    return found[:2], 32 * groups * teams, 16 * teams
 
 
 def _split(be, qkv, heads, kv_heads, head_dim):
@@ -284,6 +331,6 @@ TWINS = {
     "swiglu": (swiglu_forward, swiglu_backward),
     "cross_entropy": (cross_entropy, counted, total_loss),
     "adamw": (adamw, grad_norm),
-    "gate": (log_gate_forward, log_gate_backward),
+    "gate": (log_gate_forward, log_gate_backward, low_rank_gate_forward, low_rank_gate_backward),
     "embedding": (embedding_forward, embedding_backward),
 }

@@ -20,13 +20,14 @@ def contiguous(be, *arrays):
     return [None if x is None else be.xp.ascontiguousarray(x) for x in arrays]
 
 
+def has_tensor_cores(be, x) -> bool:
+    """Whether the kernels of a NAME_fast.cu are compiled for arrays like x on this GPU: two bytes, sm_80 and later."""
+    return x.dtype.itemsize == 2 and int(getattr(be.device, "target", "sm_0").strip("sm_a")) >= 80
+
+
 def tensor_cores(be, q, shared: int) -> bool:
-    """Whether the kernels of a NAME_fast.cu are for heads like q's (...,D) and this GPU: sm_80 and later, and with
-    `shared` bytes of shared memory a block."""
-    target = getattr(be.device, "target", "sm_0")
-    if q.dtype.itemsize != 2 or q.shape[-1] not in (64, 128) or int(target.strip("sm_a")) < 80:
-        return False
-    return shared <= be.device.shared_bytes
+    """Whether they are for heads like q's (...,D) and this GPU: with `shared` bytes of shared memory a block."""
+    return has_tensor_cores(be, q) and q.shape[-1] in (64, 128) and shared <= be.device.shared_bytes
 
 
 def flat(x):
@@ -63,19 +64,19 @@ def each(be, name: str, like, count: int, *args):
 
 def sliced_sum(be, name: str, like, arrays, rows: int, columns: int, total):
     """total (columns,) += column sums over `rows`, by a kernel that sums each slice of the rows."""
-    tiles = -(-columns // 32)
+    tiles = -(-columns // (16 * 16 // like.dtype.itemsize))  # sixteen packs
     slices = max(1, min(SLICES, -(-rows // 64), MOST_BLOCKS // tiles))
     rows_a_slice = -(-rows // slices)
     slices = -(-rows // rows_a_slice)
     partial = be.xp.empty((slices, columns), wide_type(like))
-    be.launch(name, like, (tiles, slices), (32, 8), *arrays(partial), rows_a_slice)
+    be.launch(name, like, (tiles, slices), (16, 16), *arrays(partial), rows_a_slice)
     add_slices(be, like, partial, total)
 
 
-def add_slices(be, like, partial, total):
-    """total (C,) += the sum of partial (slices,C) over its lines."""
+def add_slices(be, like, partial, total, second=None):
+    """total and second, side by side (C,), += the sum of partial (slices,C) over its lines."""
     slices, C = partial.shape
-    be.launch("add_slices", like, -(-C // 32), (32, 32), partial, total, slices, C)
+    be.launch("add_slices", like, -(-C // 32), (32, 32), partial, total, second, slices, total.size, C)
 
 
 def int32(be, tokens):
