@@ -174,7 +174,7 @@ def stored_run(args):
 def _another_length(config, steps: int) -> str:
     if config.preset in PRESETS:
         return f"{_script()} --preset {config.preset} --steps {steps}"
-    return f"python -m minisb upcycle RUN --steps {steps} --out DIR"  # which calls its runs PRESET-moe
+    return f"python -m minisb upcycle RUN --experts E --steps {steps} --out DIR"  # which calls its runs PRESET-moe
 
 
 def _given(args, names) -> dict:

@@ -65,11 +65,14 @@ def text(found: dict) -> str:
     layer, expert = min(((n, e) for n in load for e in range(E)), key=lambda at: load[at[0]][at[1]])
     lines = [
         f"{found['run']}: {found['tokens']:,} validation tokens; {found['top_k']} of {E} experts a token",
-        "tokens of each expert over its fair share, 1.00 if all had as many",
-        f"  {'layer':<8}{'least':>7}{'most':>7}   experts",
+        "tokens of each expert over its fair share: 1.00 if all had as many",
+        f"  {'layer':<8}{'least':>7}{'most':>7}   experts 0 to {E - 1}",
     ]
     for n, row in load.items():
         lines.append(f"  {n:<8}{min(row):>7.2f}{max(row):>7.2f}   " + " ".join(f"{x:.2f}" for x in row))
     lines.append(f"least of all: {found['load_min']:.1%} of its fair share, expert {expert} of layer {layer}")
-    lines.append(f"entropy of the router: {found['entropy']:.3f} nats, at most {found['entropy_max']:.3f}")
+    lines.append(
+        f"how undecided the routers are, by the entropy of their probabilities: {found['entropy']:.3f} nats, "
+        f"from 0 (sure of one expert) to {found['entropy_max']:.3f} (all {E} alike)"
+    )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_run
 
-from minisb import accounting, bench, blas, checkpoint, doctor
+from minisb import accounting, bench, blas, checkpoint, doctor, experts_cli
 from minisb.__main__ import COMMANDS, main
 from minisb.backend import Backend, default_threads
 from minisb.config import PRESETS, Config, preset
@@ -274,6 +274,17 @@ def test_doctor_fails_where_nothing_can_be_written(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", (doctor.check_files,))
     assert main(["doctor"]) == 1
     assert "MINISB_CACHE" in capsys.readouterr().out
+
+
+# --- experts
+
+
+def test_experts_says_what_entropy_is_between():
+    found = {"run": "run", "tokens": 64, "experts": 4, "top_k": 1, "load": {"3": [0.4, 1.2, 1.2, 1.2]},
+             "load_min": 0.4, "entropy": 1.25, "entropy_max": 1.386}  # fmt: skip
+    *_, least, entropy = experts_cli.text(found).splitlines()
+    assert least == "least of all: 40.0% of its fair share, expert 0 of layer 3"
+    assert "1.250 nats, from 0 (sure of one expert) to 1.386 (all 4 alike)" in entropy
 
 
 # --- bench
