@@ -245,17 +245,20 @@ extern "C" __global__ void attention_backward_kv(
     store(sum, dkv + (keys.x - k), keys, first, factor);
 }
 
-// Decoding: q, o (B,1,H,D) over the first `count` slots of a cache k, v (B,S,G,D).
-// Grid: a block of 4 warps takes a head; each warp walks every fourth slot with a running softmax.
+// Decoding: q, o (B,1,H,D) over the first `count` slots of a cache k, v (B,S,G,D).  counted: where the count lies, for a
+// step that is recorded once and replayed; null: it is `count`.
+// Grid: a block of 16 warps takes a head; each warp walks every 16th slot with a running softmax.
 // Bytes: the cache once for each query head of a group, from L2 after the first.
-constexpr int WARPS = 4, LANE_CHANNELS = 256 / 32;
+constexpr int WARPS = 16, LANE_CHANNELS = 256 / 32;
 
 extern "C" __global__ void attention_step(
-    const real* q, const real* k, const real* v, real* o, int count, int S, int H, int G, int D, wide scale)
+    const real* q, const real* k, const real* v, real* o, int count, const int* counted, int S, int H, int G, int D,
+    wide scale)
 {
     __shared__ wide tops[WARPS], totals[WARPS], sums[WARPS][256];
     const int b = blockIdx.x / H, h = blockIdx.x % H, g = h / (H / G), warp = threadIdx.x / 32;
     wide query[LANE_CHANNELS], sum[LANE_CHANNELS], top = LOWEST, total = 0;
+    if (counted) count = *counted;
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; i++) {
         const int c = lane() + 32 * i;
@@ -290,5 +293,18 @@ extern "C" __global__ void attention_step(
         wide found = 0;
         for (int w = 0; w < WARPS; w++) found += sums[w][c] * exp(tops[w] - highest);
         o[((i64)b * H + h) * D + c] = found / whole;
+    }
+}
+
+// One token's keys and values k, v (B,1,G,D), rows of G D, to `slot` of a cache (B,S,G,D).  where: as counted above.
+// Grid: a thread an element of k.  Bytes: both once in and once out.
+extern "C" __global__ void store_token(
+    const real* k, const real* v, real* keys, real* values, int slot, const int* where, int B, int S, int row)
+{
+    if (where) slot = *where;
+    for (EACH(i, (i64)B * row)) {
+        const i64 at = (i / row * S + slot) * row + i % row;
+        keys[at] = k[i];
+        values[at] = v[i];
     }
 }

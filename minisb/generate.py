@@ -33,9 +33,14 @@ def sample_token(logits, rng, temperature: float = 0.8, top_k: int | None = None
         ids = np.argpartition(logits, -top_k)[-top_k:]
     p = np.exp((logits[ids] - top) / temperature)
     if top_p < 1:
+        # Sorting a whole vocabulary takes longer than a step on a GPU.  Tokens this unlikely hold together at most
+        # half of what top-p leaves out, so none of them is kept.
+        total = p.sum()
+        likely = p > (1 - top_p) * total / (2 * p.size)
+        ids, p = ids[likely], p[likely]
         likely_first = np.argsort(-p, kind="stable")
         before = np.cumsum(p[likely_first]) - p[likely_first]
-        kept = likely_first[before < top_p * p.sum()]  # the first is always in: nothing is before it
+        kept = likely_first[before < top_p * total]  # the first is always in: nothing is before it
         ids, p = ids[kept], p[kept]
     cumulative = np.cumsum(p)
     return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
@@ -76,9 +81,9 @@ def generate(
 def read_prompt(model, prompt, state, spike=False, piece: int = PIECE):
     """Prefill `state` with the ids in prompt (T,), a piece at a time -> logits (V,) of the last."""
     for start in range(0, len(prompt), piece):
-        part = model.be.xp.asarray(prompt[None, start : start + piece])
+        part = model.be.xp.asarray(prompt[None, start : start + piece], "int32")
         logits = model.prefill(part, state, spike)
-    return _on_host(logits[0])
+    return on_host(logits[0])
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float):
@@ -96,13 +101,26 @@ def _decode(model, prompt, tokens, state, spike, stop, draw):
     if tokens == 0:
         return
     logits = read_prompt(model, prompt, state, spike)
+    step = _stepper(model, state, spike)
     for left in range(tokens, 0, -1):
         token = draw(logits)
         if token == stop:
             return
         yield token
         if left > 1:
-            logits = _on_host(model.step(model.be.xp.asarray([token]), state, spike)[0])
+            logits = step(token)
+
+
+def _stepper(model, state, spike):
+    """A function: token -> logits (V,), after a step of `state`; on a GPU it is recorded where that can be."""
+    if model.be.name == "cuda":
+        from minisb.recorded_step import RecordedStep, can_record  # here: nobody else needs the launchers
+
+        if can_record(model):
+            step = RecordedStep(model, state, spike)
+            return lambda token: step([token])[0]
+    xp = model.be.xp
+    return lambda token: on_host(model.step(xp.asarray([token], "int32"), state, spike)[0])
 
 
 def _checked_prompt(model, prompt_ids, stop):
@@ -125,6 +143,6 @@ def _start_token(model, stop):
     return tokenizer.eot if stop is None else stop
 
 
-def _on_host(x):
+def on_host(x):
     """An array of any backend as a NumPy array."""
     return x.get() if hasattr(x, "get") else x

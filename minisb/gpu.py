@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from minisb import kernels
 from minisb.errors import MinisbError
-from minisb.graph import Recorded
+from minisb.graph import Recorded, Repeated
 
 #: Threads of a block where a kernel has no reason for another number.
 THREADS = 256
@@ -159,6 +160,25 @@ class Gpu(Launcher):
 
     def recorded(self, function):
         return Recorded(self.cupy, function)
+
+    def repeated(self, function):
+        return Repeated(self.cupy, function)
+
+    def pinned(self, shape, dtype):
+        """An empty array of the host that stays where it is, so that a recording can copy from it and to it."""
+        dtype, count = np.dtype(dtype), math.prod(shape)
+        memory = self.cupy.cuda.alloc_pinned_memory(count * dtype.itemsize)
+        return np.frombuffer(memory, dtype, count).reshape(shape)
+
+    @staticmethod
+    def upload(to, pinned):
+        """Begin to copy from a pinned array to one of the GPU, of as many bytes."""
+        to.data.copy_from_host_async(pinned.ctypes.data, to.nbytes)
+
+    @staticmethod
+    def download(pinned, array):
+        """The other way."""
+        array.data.copy_to_host_async(pinned.ctypes.data, array.nbytes)
 
     @contextlib.contextmanager
     def stream(self):

@@ -39,12 +39,42 @@ class Recorded:
     def _record(self, take: Take, arrays, flags):
         take.inputs = [array.copy() for array in arrays]
         stream = self.cupy.cuda.get_current_stream()
-        stream.begin_capture()
-        try:
-            take.results = self.function(*take.inputs, **flags)
-        finally:
-            graph = stream.end_capture()
-        take.graph = graph
+        take.graph, take.results = record(stream, lambda: self.function(*take.inputs, **flags))
+
+
+class Repeated:
+    """function() again and again, as in decoding: run in the first call, recorded in the second, from then on replayed.
+
+    A call returns when the work is done.  It begins after what the caller's stream has been given before.
+    """
+
+    def __init__(self, cupy, function):
+        self.cupy, self.function = cupy, function
+        self.pool, self.stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+        self.warm, self.graph = False, None
+
+    def __call__(self):
+        theirs = self.cupy.cuda.get_current_stream()
+        if self.graph is None:
+            theirs.synchronize()
+            with self.stream, self.cupy.cuda.using_allocator(self.pool.malloc):
+                if not self.warm:
+                    self.function()
+                    self.warm = True
+                    return self.stream.synchronize()
+                self.graph, _ = record(self.stream, self.function)
+        self.graph.launch(theirs)
+        theirs.synchronize()
+
+
+def record(stream, function):
+    """-> the CUDA graph of what function() gives to the stream, which is the current one, and what it returns."""
+    stream.begin_capture()
+    try:
+        results = function()
+    finally:
+        graph = stream.end_capture()
+    return graph, results
 
 
 class Take:

@@ -16,6 +16,9 @@ from minisb.projections import Context
 from minisb.quantized import Int8Matrix, QuantizedStore
 from minisb.state import DecodeState
 
+#: A single token looks its rotary angles up in a table of so many positions, made once for all of them.
+TABLE = 256
+
 
 def specs(c: Config) -> list[Spec]:
     """Every parameter of the model, in the order of the forward pass; allocates nothing."""
@@ -167,12 +170,24 @@ class SpikingBrain:
         check_tokens(tokens, 1)
         return self.prefill(tokens[:, None], state, spike)
 
-    def _context(self, length: int, start: int, spike, tap, **how) -> Context:
+    def step_at(self, tokens, rotary, state: DecodeState, spike=False):
+        """As step, but with cos, sin (1,D/2) of the token's position given (recorded_step.py)."""
+        h, _ = self._forward(tokens[:, None], spike, state=state, rotary=rotary)
+        return self._logits(h[:, -1])
+
+    def _context(self, rotary, spike, tap, **how) -> Context:
         c = self.config
         spikes = spikes_by_layer(c.spike if spike is True else tuple(spike or ()), c.layers)
-        return Context(self.be, spikes, c.spike_k, *self._rotary(start, length), tap, **how)
+        return Context(self.be, spikes, c.spike_k, *rotary, tap, **how)
 
     def _rotary(self, start: int, length: int):
+        """cos, sin (length,D/2)."""
+        if length > 1:
+            return self._table(start, length)
+        row = start % TABLE
+        return [x[row : row + 1] for x in self._table(start - row, TABLE)]
+
+    def _table(self, start: int, length: int):
         """cos, sin (length,D/2).  The last two are kept, sinks' and text's, the same in every step of training."""
         if (start, length) not in self._angles:
             tables = rope_table(start, length, self.config.head_dim, self.config.rope_theta)
@@ -181,10 +196,12 @@ class SpikingBrain:
             self._angles = dict(last) | {(start, length): [self.be.xp.asarray(x, dtype) for x in tables]}
         return self._angles[start, length]
 
-    def _forward(self, tokens, spike, tap=None, state: DecodeState | None = None, aux: float | None = None):
+    def _forward(
+        self, tokens, spike, tap=None, state: DecodeState | None = None, aux: float | None = None, rotary=None
+    ):
         """-> normed output of the last block (B,T,C), and what backward needs, if aux says that there will be one.
 
-        aux: see Context.
+        aux: see Context.  rotary: cos, sin (T,D/2), if not those of the state's position.
         """
         check_tokens(tokens, 2)
         S = self.config.sinks
@@ -194,7 +211,8 @@ class SpikingBrain:
             if state is not None:
                 for layer, memory in zip(state.layers, memories, strict=True):
                     layer.begin(memory)
-        ctx = self._context(tokens.shape[1], S + (state.position if state else 0), spike, tap, aux=aux)
+        rotary = rotary or self._rotary(S + (state.position if state else 0), tokens.shape[1])
+        ctx = self._context(rotary, spike, tap, aux=aux)
         x, delta = self._embed(tokens), None
         saved = []
         for i, block in enumerate(self.blocks):
@@ -222,7 +240,7 @@ class SpikingBrain:
 
         -> what each layer's text sees of them, and what backward needs.
         """
-        ctx = self._context(self.config.sinks, 0, spike, None, sinks=True)
+        ctx = self._context(self._rotary(0, self.config.sinks), spike, None, sinks=True)
         x, delta = self.sinks[None], None
         memories, saved = [], []
         for block in self.blocks:

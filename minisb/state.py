@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from minisb.config import Config
-from minisb.ops.w8aspike import decode_pair
+from minisb.ops.attention import store_token
+from minisb.ops.w8aspike import decode_pair, store_token_int8
 
 
 class GLAState:
@@ -22,6 +23,9 @@ class GLAState:
     @property
     def nbytes(self) -> int:
         return self.matrix.nbytes
+
+    def arrays(self) -> list:
+        return [self.matrix]
 
     def begin(self, memory):
         """Start from what the sinks left, (1,G,D,D)."""
@@ -42,6 +46,8 @@ class KeyValueCache:
     """
 
     FIELDS = ("k", "v")  # what append takes, in this order
+    #: While a step is recorded (recorded_step.py): the token's slot and the count of slots, int32 (2,) on the GPU.
+    place = None
 
     def __init__(self, be, config: Config, batch: int, dtype, window: int | None):
         self.be, self.window, self.seen, self.first = be, window, 0, config.sinks
@@ -51,11 +57,16 @@ class KeyValueCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.FIELDS)
+        return sum(x.nbytes for x in self.arrays())
+
+    def arrays(self) -> list:
+        return [getattr(self, name) for name in self.FIELDS]
 
     @property
-    def count(self) -> int:
+    def count(self):
         """Slots in use, from the beginning."""
+        if self.place is not None:
+            return self.place[1:]
         return self.first + (min(self.seen, self.window) if self.window else self.seen)
 
     def begin(self, memory):
@@ -70,10 +81,8 @@ class KeyValueCache:
     def append(self, *new):
         """Remember the keys and values (B,T,G,D) of the next T tokens."""
         T = new[0].shape[1]
-        if T == 1:  # as in decoding: a plain index spares four gathers
-            slot = self.claim()
-            for name, x in zip(self.FIELDS, new, strict=True):
-                getattr(self, name)[:, slot] = x[:, 0]
+        if T == 1:  # as in decoding: one operation, and no gathers
+            self._store(self.claim() if self.place is None else self.place[:1], *new)
             return
         if not self.window:
             self._grow(self.seen + T)
@@ -91,6 +100,9 @@ class KeyValueCache:
         slot = self.first + self.seen % (self.k.shape[1] - self.first)
         self.seen += 1
         return slot
+
+    def _store(self, slot, k, v):
+        store_token(self.be, self.k, self.v, k, v, slot)
 
     def past(self):
         """Keys and values that the next token may see, oldest first."""
@@ -130,6 +142,9 @@ class Int8KeyValueCache(KeyValueCache):
         super().__init__(be, config, batch, np.int8, window)
         self.ku, self.vu = (be.xp.zeros(self.k.shape[:3], np.float32) for _ in range(2))
 
+    def _store(self, slot, *new):
+        store_token_int8(self.be, *self.arrays(), *new, slot)
+
     def past(self):
         """As fp32."""
         at = self._past()
@@ -151,6 +166,9 @@ class PairState(tuple):
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self)
 
+    def arrays(self) -> list:
+        return [x for state in self for x in state.arrays()]
+
     def begin(self, memory):
         for state, part in zip(self, memory, strict=True):
             state.begin(part)
@@ -168,6 +186,15 @@ class DecodeState:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    def arrays(self) -> list:
+        """Everything that is remembered, layer after layer."""
+        return [x for layer in self.layers for x in layer.arrays()]
+
+    def caches(self) -> list[KeyValueCache]:
+        """Those of softmax attention, layer after layer."""
+        parts = (part for layer in self.layers for part in (layer if isinstance(layer, PairState) else (layer,)))
+        return [part for part in parts if isinstance(part, KeyValueCache)]
 
     def copy(self) -> DecodeState:
         return DecodeState([layer.copy() for layer in self.layers], self.position)

@@ -34,6 +34,7 @@ class Emulated(Launcher):
 
     xp = np
     target, shared_bytes = "sm_90a", 227 << 10
+    log = None  # what is recorded goes here: functions and their arguments
 
     def load(self, stem: str, element: str) -> dict:
         path = _all_compiled(element).get(stem) or _compiled(stem, element, _header(element))
@@ -47,6 +48,26 @@ class Emulated(Launcher):
     def recorded(self, function):
         return function
 
+    def repeated(self, function):
+        return Repeated(self, function)
+
+    def launch(self, *args, **how):
+        self._do(super().launch, *args, **how)
+
+    def pinned(self, shape, dtype):
+        return np.empty(shape, dtype)
+
+    def upload(self, to, pinned):
+        self._do(np.copyto, to, pinned)
+
+    def download(self, pinned, array):
+        self._do(np.copyto, pinned, array)
+
+    def _do(self, function, *args, **how):
+        function(*args, **how)
+        if self.log is not None:
+            self.log.append(functools.partial(function, *args, **how))
+
     def stream(self):
         return contextlib.nullcontext()
 
@@ -54,15 +75,41 @@ class Emulated(Launcher):
         assert array is None or isinstance(array, np.ndarray)
         return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
-    def gemm(self, a, b, out=None, **how):
+    def gemm(self, a, b, out=None, ta=False, tb=False, accumulate=False):
         """Sums in float32 at least, as cuBLAS has them."""
-        if a.dtype.itemsize > 2:
-            return Backend.gemm(self, a, b, out, **how)
-        product = Backend.gemm(self, a.astype("float32"), b.astype("float32"), **{**how, "accumulate": False})
         if out is None:
-            return product.astype(a.dtype)
-        out[...] = out + product if how.get("accumulate") else product
+            out = np.empty((a.shape[ta], b.shape[not tb]), a.dtype)
+        self._do(self._gemm, a, b, out, ta, tb, accumulate)
         return out
+
+    def _gemm(self, a, b, out, ta, tb, accumulate):
+        if a.dtype.itemsize > 2:
+            Backend.gemm(self, a, b, out, ta, tb, accumulate)
+        else:
+            product = Backend.gemm(self, a.astype("float32"), b.astype("float32"), None, ta, tb)
+            out[...] = out + product if accumulate else product
+
+
+class Repeated:
+    """As graph.Repeated: what the second call launches, copies and multiplies is all that later calls do, in the same
+    arrays.  What NumPy does between them is not recorded, and shows."""
+
+    def __init__(self, device, function):
+        self.device, self.function, self.warm, self.log = device, function, False, None
+
+    def __call__(self):
+        if self.log is not None:
+            for call in self.log:
+                call()
+        elif not self.warm:
+            self.function()
+            self.warm = True
+        else:
+            self.log = self.device.log = []
+            try:
+                self.function()
+            finally:
+                self.device.log = None
 
 
 def backend() -> CudaBackend:

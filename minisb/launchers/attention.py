@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from minisb.launchers.grid import (
     LARGEST_HEAD,
     MULTIPROCESSORS,
-    WARPS,
     contiguous,
+    each,
     tensor_cores,
     warp_a_row,
     wide_type,
 )
 from minisb.ops import attention
 
+STEP_THREADS = 32 * 16  # of a block of a decoding step (WARPS in cuda/attention.cu and cuda/w8aspike_attention.cu)
 STAGE = 64  # rows of the other side that a block brings at once (STAGE in cuda/attention_fast.cuh)
 
 
@@ -100,8 +101,19 @@ def attention_step(be, q, k, v, count, scale=None):
     (B, _, H, D), (_, S, G, _) = q.shape, k.shape
     scale = D**-0.5 if scale is None else scale
     o = be.xp.empty_like(q)
-    be.launch("attention_step", q, B * H, 32 * WARPS, q, k, v, o, count, S, H, G, D, scale)
+    be.launch("attention_step", q, B * H, STEP_THREADS, q, k, v, o, *host_or_device(count), S, H, G, D, scale)
     return o
+
+
+def store_token(be, keys, values, k, v, slot):
+    k, v = contiguous(be, k, v)
+    (B, S), row = keys.shape[:2], k.size // len(k)
+    each(be, "store_token", k, k.size, k, v, keys, values, *host_or_device(slot), B, S, row)
+
+
+def host_or_device(number):
+    """A number as a kernel of a decoding step takes it: itself, or where it lies on the device, an int32 (1,)."""
+    return (0, number) if getattr(number, "shape", ()) else (number, None)
 
 
 def _sizes(q, k, window):
@@ -243,4 +255,4 @@ def _backward_kv_hopper(be, do, q, k, v, lse2, delta, dk, dv, window, scale):
     be.launch(HOPPER_BACKWARD_KV[D], q, grid, HOPPER_THREADS, *arrays, *sizes, shared=shared)
 
 
-TWINS = {"attention": (attention_forward, attention_backward, attention_step)}
+TWINS = {"attention": (attention_forward, attention_backward, attention_step, store_token)}

@@ -147,10 +147,14 @@ def _gla_backward_fast(be, do, dstate, saved):
 
 
 def _walkable(q, k) -> bool:
-    """Whether one token of a group fits into a block's shared memory (STAGE in cuda/gla.cu)."""
-    padded = 8 << (-(-k.shape[3] // 8) - 1).bit_length()
-    heads = 3 + 2 * (q.shape[2] // k.shape[2])
-    return k.shape[3] <= LARGEST_HEAD and heads * max(padded, 16) * (8 if q.dtype.itemsize == 8 else 4) <= 40960
+    return walkable(k.shape[3], q.shape[2] // k.shape[2], q.dtype)
+
+
+def walkable(D: int, heads: int, dtype) -> bool:
+    """Whether one token of a group of `heads` query heads fits into a block's shared memory (STAGE in cuda/gla.cu)."""
+    padded = 8 << (-(-D // 8) - 1).bit_length()
+    size = 8 if dtype.itemsize == 8 else 4
+    return D <= LARGEST_HEAD and (3 + 2 * heads) * max(padded, 16) * size <= 40960
 
 
 def _decay(be, q, log_g):

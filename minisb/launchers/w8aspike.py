@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisb.launchers.grid import LARGEST_HEAD, WARPS, contiguous, each, flat, int32, warp_a_row
+from minisb.launchers.attention import STEP_THREADS, host_or_device
+from minisb.launchers.grid import LARGEST_HEAD, contiguous, each, flat, int32, warp_a_row
 from minisb.ops import w8aspike
 from minisb.ops.spike import VTH_MAX, VTH_MIN
 
@@ -75,16 +76,18 @@ def embedding_int8(be, tokens, w8, scales):
 
 def code_heads(be, q, k, v, spike_k):
     q, k, v = (be.xp.ascontiguousarray(x, dtype="float32") for x in (q, k, v))
-    q16, qv = be.xp.empty(q.shape, "int16"), be.xp.empty(q.shape[:-1], "float32")
-    sizes = qv.size, q.shape[-1], spike_k, VTH_MIN, VTH_MAX
-    be.launch("code_queries", FLOAT, *warp_a_row(qv.size), q, q16, qv, *sizes)
-    return q16, qv, *_to_int8(be, k), *_to_int8(be, v)
+    q16, k8, v8 = be.xp.empty(q.shape, "int16"), be.xp.empty(k.shape, "int8"), be.xp.empty(v.shape, "int8")
+    qv, ku, vu = (be.xp.empty(x.shape[:-1], "float32") for x in (q, k, v))
+    arrays, sizes = (q, k, v, q16, qv, k8, ku, v8, vu), (qv.size, ku.size, q.shape[-1])
+    limits = spike_k, VTH_MIN, VTH_MAX, w8aspike.TINY
+    be.launch("code_heads", FLOAT, *warp_a_row(qv.size + 2 * ku.size), *arrays, *sizes, *limits)
+    return q16, qv, k8, ku, v8, vu
 
 
-def _to_int8(be, x):
-    x8, unit = be.xp.empty(x.shape, "int8"), be.xp.empty(x.shape[:-1], "float32")
-    be.launch("code_int8", FLOAT, *warp_a_row(unit.size), x, x8, unit, unit.size, x.shape[-1], w8aspike.TINY)
-    return x8, unit
+def store_token_int8(be, keys, key_units, values, value_units, k8, ku, v8, vu, slot):
+    new, (B, S, G, D) = contiguous(be, k8, ku, v8, vu), keys.shape
+    where = host_or_device(slot)
+    each(be, "store_token_int8", FLOAT, k8.size, *new, keys, key_units, values, value_units, *where, B, S, G, D)
 
 
 def attention_step_int8(be, q16, qv, k8, ku, v8, vu, count, scale=None):
@@ -92,13 +95,14 @@ def attention_step_int8(be, q16, qv, k8, ku, v8, vu, count, scale=None):
     if D > LARGEST_HEAD:
         return w8aspike.attention_step_int8.reference(be, q16, qv, k8, ku, v8, vu, count, scale)
     arrays, o = contiguous(be, q16, qv, k8, ku, v8, vu), be.xp.empty(q16.shape, "float32")
-    sizes = count, S, H, G, D, D**-0.5 if scale is None else scale
-    be.launch("attention_step_int8", FLOAT, B * H, 32 * WARPS, *arrays, o, *sizes)
+    sizes = *host_or_device(count), S, H, G, D, D**-0.5 if scale is None else scale
+    be.launch("attention_step_int8", FLOAT, B * H, STEP_THREADS, *arrays, o, *sizes)
     return o
 
 
 TWINS = {
     "w8aspike": (
-        count_spikes, spike_int8, w8aspike_linear, w8aspike_grouped, embedding_int8, code_heads, attention_step_int8,
+        count_spikes, spike_int8, w8aspike_linear, w8aspike_grouped, embedding_int8, code_heads, store_token_int8,
+        attention_step_int8,
     )
 }  # fmt: skip

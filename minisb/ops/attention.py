@@ -60,6 +60,7 @@ def attention_step(be, q, k, v, count, scale=None):
     """Decoding: q (B,1,H,D) over the first `count` slots of a cache k, v (B,S,G,D) -> o (B,1,H,D).
 
     In which order the slots were filled does not matter: positions are already in the keys.
+    count: an int; on a GPU also an int32 (1,) there, which a step that is recorded reads at each replay.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     G = k.shape[2]
@@ -67,6 +68,12 @@ def attention_step(be, q, k, v, count, scale=None):
     p = be.xp.exp(s - s.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     return _time_first(p @ _heads_first(v[:, :count])[:, :, None])
+
+
+@op
+def store_token(be, keys, values, k, v, slot):
+    """Decoding: one token's k, v (B,1,G,D) into `slot` of a cache keys, values (B,S,G,D).  slot: as count above."""
+    keys[:, slot], values[:, slot] = k[:, 0], v[:, 0]
 
 
 def _blocks(be, T, S, window):

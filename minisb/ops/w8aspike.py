@@ -194,11 +194,21 @@ def decode_pair(coded):
 
 
 @op
+def store_token_int8(be, keys, key_units, values, value_units, k8, ku, v8, vu, slot):
+    """Decoding: one token's k8, v8 (B,1,G,D), ku, vu (B,1,G) into `slot` of a cache (B,S,G,D), (B,S,G).
+
+    slot: an int; on a GPU also an int32 (1,) there, which a step that is recorded reads at each replay.
+    """
+    for cache, x in ((keys, k8), (key_units, ku), (values, v8), (value_units, vu)):
+        cache[:, slot] = x[:, 0]
+
+
+@op
 def attention_step_int8(be, q16, qv, k8, ku, v8, vu, count, scale=None):
     """Decoding: q16 (B,1,H,D), qv (B,1,H) over the first `count` slots of an int8 cache
     k8, v8 (B,S,G,D), ku, vu (B,S,G) -> o (B,1,H,D) fp32.
 
-    Scores are int32 sums times both units; the softmax and the sum over values are fp32.
+    Scores are int32 sums times both units; the softmax and the sum over values are fp32.  count: as slot above.
     """
     B, _, H, D = q16.shape
     G = k8.shape[2]
