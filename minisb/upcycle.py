@@ -114,7 +114,7 @@ def mismatch(dense: SpikingBrain, model: SpikingBrain, tokens) -> list[float]:
     """For each layer with experts: |experts(x) - dense(x)| / |dense(x)| over the inputs x that `tokens` (T,) give."""
     inputs = {}
     dense.forward(tokens[None], tap=lambda name, x: inputs.update({name: x}))
-    ctx = model._context(1, 0, False, None)
+    ctx = model._context(model._rotary(0, 1), False, None)
     found = []
     for i, (before, after) in enumerate(zip(dense.blocks, model.blocks, strict=True)):
         if model.config.ffn_kind(i) == "moe":
