@@ -22,6 +22,8 @@ COMMANDS = {
     "experts": "minisb.experts_cli",
 }
 
+#: Modules with a command line of their own, `python -m minisb.NAME`; as commands they are understood, too.
+ALONE = ("plots", "kernels")
 #: What stands beside the commands, for the end of the help text.
 BESIDE = """also to run:
   python train_small.py                      train; --help lists its flags
@@ -34,6 +36,8 @@ extras, pip install -e ".[NAME]": plots, lessons, test, bench, gpu, gpu12, cuda-
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] and arguments[0] in ALONE:
+        return importlib.import_module(f"minisb.{arguments[0]}").main(arguments[1:])
     parser = Parser(
         prog="python -m minisb",
         description="The tools of minisb.  python -m minisb COMMAND --help says more.",

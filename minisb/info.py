@@ -36,6 +36,8 @@ def add_arguments(parser):
 
 def main(args) -> int:
     found = report(described(args.preset))
+    if args.preset not in PRESETS:
+        found["run"] = args.preset
     print(json.dumps(found) if args.json else text(found))
     return 0
 
@@ -56,7 +58,8 @@ def text(found: dict) -> str:
 def _shape(found):
     c = found["config"]
     total, active = (found["parameters"][name] for name in ("total", "active"))
-    yield f"{found['preset']}: {total:,} parameters" + (f", {active:,} active" if active < total else "")
+    name = f"{found['run']}, {found['preset']}" if "run" in found else found["preset"]
+    yield f"{name}: {total:,} parameters" + (f", {active:,} active" if active < total else "")
     yield (
         f"  {c['layers']} layers, width {c['width']}, {c['heads']} query heads on {c['kv_heads']} key/value heads of "
         f"{c['head_dim']}, FFN {c['ffn']}, window {c['window']}, vocabulary {c['vocab']}"

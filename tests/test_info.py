@@ -176,8 +176,10 @@ def test_info_of_a_run(tmp_path, capsys):
     checkpoint.save_config(tmp_path, preset("nano", ffn=96), {}, SimpleNamespace(settings={}), {})
     assert main(["info", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["config"]["ffn"] == 96
+    assert found["config"]["ffn"] == 96 and found["run"] == str(tmp_path)
     assert found["parameters"]["total"] == count(specs(preset("nano", ffn=96)))
+    assert main(["info", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}, nano: ")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(MinisbError, match="there is no run in"):
         main(["info", str(tmp_path / "nothing")])
@@ -274,6 +276,14 @@ def test_doctor_fails_where_nothing_can_be_written(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", (doctor.check_files,))
     assert main(["doctor"]) == 1
     assert "MINISB_CACHE" in capsys.readouterr().out
+
+
+def test_modules_with_a_command_line_of_their_own_are_commands_too(capsys):
+    assert main(["plots", "--help"]) == 0
+    assert "the loss curve of a run" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["kernels", "--help"])
+    assert stop.value.code == 0 and "attention_fast" in capsys.readouterr().out
 
 
 # --- experts
