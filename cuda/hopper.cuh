@@ -70,6 +70,11 @@ __device__ __forceinline__ void finished()
 #define TO_63                                                                                                         \
     TO_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
           "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TO_127                                                                                                        \
+    TO_63 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
+          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "  \
+          "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "    \
+          "%121, %122, %123, %124, %125, %126, %127"
 #define TILE(s, j) "+f"(s[j][0]), "+f"(s[j][1]), "+f"(s[j][2]), "+f"(s[j][3])
 #define TILES_8(s, j) \
     TILE(s, j), TILE(s, j + 1), TILE(s, j + 2), TILE(s, j + 3), TILE(s, j + 4), TILE(s, j + 5), TILE(s, j + 6), TILE(s, j + 7)
@@ -105,6 +110,23 @@ __device__ __forceinline__ void products(float (&sum)[8][4], const u32 (&a)[4], 
                  : TILES_8(sum, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 
+// sum (64 x N) = a (64 x 16) b (16 x N) (+ sum), both described; a side that lies `across` is 16 rows of channels, of
+// which each is summed by itself, else it is described as rows of channels that are summed over.
+template <bool a_across, bool b_across>
+__device__ __forceinline__ void products_of(float (&sum)[16][4], u64 a, u64 b, bool add)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; " WGMMA("128") "{" TO_63 "}, %64, %65, p, 1, 1, %67, %68;}"
+                 : TILES_8(sum, 0), TILES_8(sum, 8)
+                 : "l"(a), "l"(b), "r"((int)add), "n"((int)a_across), "n"((int)b_across));
+}
+template <bool a_across, bool b_across>
+__device__ __forceinline__ void products_of(float (&sum)[32][4], u64 a, u64 b, bool add)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0; " WGMMA("256") "{" TO_127 "}, %128, %129, p, 1, 1, %131, %132;}"
+                 : TILES_8(sum, 0), TILES_8(sum, 8), TILES_8(sum, 16), TILES_8(sum, 24)
+                 : "l"(a), "l"(b), "r"((int)add), "n"((int)a_across), "n"((int)b_across));
+}
+
 // What this thread wrote into shared memory is seen by products that start later.
 __device__ __forceinline__ void show_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -116,6 +138,11 @@ __device__ __forceinline__ void barrier_begin(u64* barrier, int count)
 __device__ __forceinline__ void barrier_arrive(u64* barrier)
 {
     asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives as soon as all copies that this thread has issued have; the thread goes on.
+__device__ __forceinline__ void barrier_arrive_behind_copies(u64* barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // Waits until the phase of this parity is over; of a new barrier the phase before the first, 1, is.
 __device__ __forceinline__ void barrier_wait(u64* barrier, int parity)
@@ -133,6 +160,9 @@ __device__ __forceinline__ void turn_pass(int name, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+// The 128 bytes of memory around x come into L2.
+__device__ __forceinline__ void fetch_ahead(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
 
 // All warps of a warpgroup give registers back or take them.
 template <int count>

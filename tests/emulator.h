@@ -427,17 +427,23 @@ void finished()
     __syncwarp();
 }
 
-template <int TILES>
-void products(float (&sum)[TILES][4], unsigned long long a, unsigned long long b, bool add)
+template <bool a_across, bool b_across, int TILES>
+void products_of(float (&sum)[TILES][4], unsigned long long a, unsigned long long b, bool add)
 {
     emulator::products_of[emulator::number()].open.push_back([&sum, a, b, add] {
         const int row = emulator::number() % 128 / 32 * 16 + emulator::number() % 32 / 4;
         float left[2][16];
         for (int i = 0; i < 2; i++)
-            for (int k = 0; k < 16; k++) left[i][k] = emulator::operand(a, true, row + 8 * i, k);
+            for (int k = 0; k < 16; k++) left[i][k] = emulator::operand(a, !a_across, row + 8 * i, k);
         if (!add) std::memset(sum, 0, sizeof sum);
-        emulator::add_products(sum, left, [b](int n, int k) { return emulator::operand(b, true, n, k); });
+        emulator::add_products(sum, left, [b](int n, int k) { return emulator::operand(b, !b_across, n, k); });
     });
+}
+
+template <int TILES>
+void products(float (&sum)[TILES][4], unsigned long long a, unsigned long long b, bool add)
+{
+    products_of<false, false>(sum, a, b, add);
 }
 
 namespace emulator {
@@ -493,10 +499,13 @@ inline void barrier_arrive(unsigned long long* barrier)
         b.phase++;
     }
 }
+inline void barrier_arrive_behind_copies(unsigned long long* barrier) { barrier_arrive(barrier); }
 inline void barrier_wait(unsigned long long* barrier, int parity)
 {
     while ((((emulator::Barrier*)barrier)->phase & 1) == parity) emulator::yield();
 }
+
+inline void fetch_ahead(const void*) {}
 
 inline void turn_wait(int name, int threads)
 {

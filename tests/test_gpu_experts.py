@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 
+import emulator
 import numpy as np
 import op_checks
 import pytest
@@ -18,6 +20,7 @@ from minisb.__main__ import main as minisb_main
 from minisb.config import preset
 from minisb.experts import Loads
 from minisb.gradcheck import relative_rms
+from minisb.launchers import experts as twins
 from minisb.model import SpikingBrain, specs
 from minisb.ops import moe
 from minisb.ops.adamw import grad_norm
@@ -122,31 +125,109 @@ def products(be, counts, R, O, I, arrays):
     return here([y, moe.grouped_forward(be, x, w, offsets), plain, dx, dw])
 
 
-@pytest.mark.parametrize("counts, R, O, I", PRODUCTS)
-@pytest.mark.parametrize("element", ["float64", "bfloat16", "float16"])
-def test_one_product_per_expert(cuda, element, counts, R, O, I):
-    """Halves on tensor cores, where widths allow it: against float64 from the same rounded inputs."""
-    if element == "bfloat16":
-        pytest.importorskip("ml_dtypes")
-    dtype, wide = kernels.element(element), "float64" if element == "float64" else "float32"
+def on_hopper(monkeypatch, cuda, columns):
+    """Products by cuda/moe_hopper.cu in tiles of so many columns, or not by it at all."""
+    if columns and cuda.device.target != "sm_90a":
+        pytest.skip("not a Hopper GPU")
+    names = {name for name, _ in twins.HOPPER_KERNELS} if columns else ()
+    monkeypatch.setattr(twins, "HOPPER_COLUMNS", dict.fromkeys(names, columns))
+
+
+def operands(counts, R, O, I, dtype, wide):
+    """x, w, dy, dx, dw"""
     rng = np.random.default_rng(0)
     shapes = (R, I), (len(counts), O, I), (R, O), (R, I), (len(counts), O, I)
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-    arrays[4] = arrays[4].astype(wide)
+    return [*arrays[:4], arrays[4].astype(wide)]
+
+
+def agree(cuda, case, element):
+    """What kernels give against float64 from the same rounded inputs."""
+    counts, R, O, I = case
+    arrays = operands(*case, kernels.element(element), "float64" if element == "float64" else "float32")
     exact = products(backends()["numpy"], counts, R, O, I, [a.astype(np.float64) for a in arrays])
-    for got, want in zip(products(cuda, counts, R, O, I, arrays), exact, strict=True):
-        error = np.linalg.norm(got.astype(np.float64) - want) / max(np.linalg.norm(want), 1)
+    got = products(cuda, counts, R, O, I, arrays)
+    for one, want in zip(got, exact, strict=True):
+        error = np.linalg.norm(one.astype(np.float64) - want) / max(np.linalg.norm(want), 1)
         assert error < (1e-13 if element == "float64" else 4e-3 if element == "bfloat16" else 5e-4)
+    return got
 
 
-def test_the_fast_products_are_taken_where_they_fit(cuda, monkeypatch):
-    launched = []
-    kept = cuda.device.launch
-    monkeypatch.setattr(cuda.device, "launch", lambda name, *a, **k: (launched.append(name), kept(name, *a, **k)))
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize(
+    "element, columns", [("float64", 0), *((half, n) for half in kernels.HALVES for n in (0, *twins.HOPPER))]
+)
+def test_one_product_per_expert(cuda, monkeypatch, launched, element, columns, case):
+    """Halves on tensor cores, where widths allow it, on Hopper in tiles of so many columns."""
+    if element == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    on_hopper(monkeypatch, cuda, columns)
+    agree(cuda, case, element)
+    assert all(name.startswith("grouped_hopper") for name in launched) == (columns > 0 and case[2] % 8 == 0)
+
+
+#: Rows of each expert, rows of the buffer, O, I: depths of more slices than there are stages and of part of one, more
+#: tiles than one in both directions, and more tiles down than a band has.
+DEEP = [((130, 7, 0, 257), 400, 136, 264), ((64,), 64, 264, 392), ((2100,), 2100, 8, 8)]
+
+
+@pytest.mark.parametrize("case", DEEP, ids=str)
+@pytest.mark.parametrize("columns", twins.HOPPER)
+def test_hopper_blocks_share_tiles_out_as_they_like(cuda, monkeypatch, columns, case):
+    """Few blocks walk many tiles each, many blocks cut the last tiles in two: equal bits."""
+    on_hopper(monkeypatch, cuda, columns)
+    found = []
+    for blocks in (2, 132):
+        monkeypatch.setattr(twins, "MULTIPROCESSORS", blocks)
+        found.append(agree(cuda, case, "float16"))
+    for once, *others in zip(*found, strict=True):
+        assert all((once == other).all() for other in others)
+
+
+@pytest.mark.parametrize("columns", [0, *twins.HOPPER])
+def test_an_expert_neither_reads_nor_writes_its_neighbours_rows(cuda, monkeypatch, columns):
+    on_hopper(monkeypatch, cuda, columns)
+    counts = 3, 70, 5
+    x, w, dy, dx, dw = operands(counts, 78, 24, 40, np.float16, "float32")
+    x[:3] = dy[:3] = x[-5:] = dy[-5:] = np.nan
+    y, dx, _, dw = products(cuda, counts, 78, 24, 40, [x, w, dy, dx, dw])[1:]
+    of_others = np.array([True] * 3 + [False] * 70 + [True] * 5)
+    for rows in (y, dx):
+        assert (np.isnan(rows).all(1) == of_others).all() and (np.isfinite(rows).all(1) == ~of_others).all()
+    assert (np.isfinite(dw).all((1, 2)) == [False, True, False]).all()
+
+
+@pytest.mark.parametrize("columns", twins.HOPPER)
+def test_the_launcher_knows_what_the_hopper_kernels_take(columns):
+    if emulator.COMPILER is None:
+        pytest.skip(emulator.NO_COMPILER)
+    how, source = twins.HOPPER[columns], kernels.assembled("moe_hopper")
+    for name, n in twins.HOPPER_KERNELS:
+        bounds, stages = re.search(
+            rf"bounds__\(([\d, ]+)\) grouped_hopper_{name}_{n}\([^{{]+{{\s+\w+\({n}, (\d)\);", source
+        ).groups()
+        assert n != columns or (bounds, int(stages)) == (f"{how.threads}, {how.blocks}", how.stages)
+    claims = f"Memory<{columns}, {how.stages}>::BYTES + 4 * 7 == {how.shared(7)}", f"ROWS == {how.rows}"
+    claims += (f"CONSUMERS + PRODUCERS<{columns}> == {how.threads}",)
+    assert emulator.complaints("moe_hopper", "bfloat16", "".join(f"static_assert({c});\n" for c in claims)) == ""
+
+
+@pytest.fixture
+def launched(monkeypatch, cuda):
+    """The names of the kernels that ran."""
+    names, launch = [], cuda.device.launch
+    monkeypatch.setattr(cuda.device, "launch", lambda name, *a, **k: (names.append(name), launch(name, *a, **k)))
+    return names
+
+
+@pytest.mark.parametrize("hopper", [False, True], ids=["mma", "wgmma"])
+def test_the_fast_products_are_taken_where_they_fit(cuda, monkeypatch, launched, hopper):
+    on_hopper(monkeypatch, cuda, 128 * hopper)
     for O, I, half in ((8, 16, True), (8, 12, True), (8, 16, False)):
         x, w = (there(cuda, np.ones(shape, np.float16 if half else np.float32)) for shape in ((3, I), (1, O, I)))
         moe.grouped_forward(cuda, x, w, there(cuda, np.array([0, 3])))
-    assert launched == ["grouped_fast_forward", "grouped_forward", "grouped_forward"]
+    fast = "grouped_hopper_forward_128" if hopper else "grouped_fast_forward"
+    assert launched == [fast, "grouped_forward", "grouped_forward"]
 
 
 def test_the_state_that_sinks_left_gets_every_sequences_gradient(cuda):

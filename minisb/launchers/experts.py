@@ -5,12 +5,13 @@ Where an expert's rows begin is known to the GPU alone: grids are as large as th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from minisb.gpu import THREADS, Rows
-from minisb.launchers.grid import contiguous, int32, sliced_sum, warp_a_row, wide_type
+from minisb.launchers.grid import MULTIPROCESSORS, contiguous, int32, sliced_sum, warp_a_row, wide_type
 from minisb.ops.moe import Plan
 
 TILE = 64  # rows and columns of a block's result (TILE in cuda/moe_products.cu)
@@ -139,13 +140,46 @@ class Fast:
 FAST = Fast()  # bench/gpu_moe.py times others
 
 
+@dataclass(frozen=True)
+class Hopper:
+    """How cuda/moe_hopper.cu cuts a product up: columns of a tile, slices in shared memory, blocks a multiprocessor."""
+
+    columns: int
+    stages: int
+    blocks: int
+    threads: int
+    rows: int = 128
+
+    def shared(self, E: int) -> int:
+        """Memory in the source: from a multiple of 1024 on the stages, barriers, the order of the experts."""
+        return 1024 + self.stages * (self.rows + self.columns) * 64 * 2 + 16 * self.stages + 4 * E
+
+    def grid(self, tiles: int) -> int:
+        return min(tiles, self.blocks * MULTIPROCESSORS)
+
+
+HOPPER = {128: Hopper(128, 3, 2, 288), 256: Hopper(256, 4, 1, 384)}
+#: Columns of a tile on a Hopper GPU; without an entry it takes what others do.  bench/gpu_moe.py times all.
+HOPPER_COLUMNS = {"forward": 256, "backward_x": 256, "backward_w": 128}
+HOPPER_KERNELS = {
+    ("forward", 128): "grouped_hopper_forward_128",
+    ("forward", 256): "grouped_hopper_forward_256",
+    ("backward_x", 128): "grouped_hopper_backward_x_128",
+    ("backward_x", 256): "grouped_hopper_backward_x_256",
+    ("backward_w", 128): "grouped_hopper_backward_w_128",
+    ("backward_w", 256): "grouped_hopper_backward_w_256",
+}
+
+
 def grouped_forward(be, x, w, offsets, out=None):
     (w,), x = contiguous(be, w), _rows(be, x)
     E, O, I = w.shape
     R = len(x.matrix)
     y = Rows(be.xp.empty((R, O), w.dtype) if out is None else out)
     arguments = x, w, int32(be, offsets), y, E, R, I, O, x.stride, y.stride
-    if _fast(be, w, x, y):
+    if hopper := _hopper(be, "forward", w, x, y):
+        _on_hopper(be, "forward", hopper, _row_tiles(O, R, E, hopper), E, w, arguments)
+    elif _fast(be, w, x, y):
         how = _row_tiles(O, R, E, FAST), FAST.threads
         be.launch("grouped_fast_forward", w, *how, *arguments, shared=FAST.shared(False, False))
     else:
@@ -155,20 +189,50 @@ def grouped_forward(be, x, w, offsets, out=None):
 
 def grouped_backward(be, dy, x, w, offsets, dw, dx=None):
     (w,), dy, x, offsets = contiguous(be, w), _rows(be, dy), _rows(be, x), int32(be, offsets)
-    E, O, I = w.shape
     R, add = len(x.matrix), dx is not None
-    dx = Rows(dx if add else be.xp.empty((R, I), w.dtype))
-    to_x = dy, w, offsets, dx, add, E, R, I, O, dy.stride, dx.stride
-    to_w = dy, x, offsets, dw, I, O, dy.stride, x.stride
-    if _fast(be, w, dy, x, dx):
-        how = _row_tiles(I, R, E, FAST), FAST.threads
-        be.launch("grouped_fast_backward_x", w, *how, *to_x, shared=FAST.shared(False, True))
-        blocks = -(-I // FAST.columns), -(-O // FAST.rows), E
-        be.launch("grouped_fast_backward_w", w, blocks, FAST.threads, *to_w, shared=FAST.shared(True, True))
-    else:
-        be.launch("grouped_backward_x", w, _row_tiles(I, R, E), (16, 16), *to_x)
-        be.launch("grouped_backward_w", w, (-(-I // TILE), -(-O // TILE), E), (16, 16), *to_w)
+    dx = Rows(dx if add else be.xp.empty((R, w.shape[2]), w.dtype))
+    _backward_x(be, dy, w, offsets, dx, add)
+    _backward_w(be, dy, x, w, offsets, dw)
     return dx.matrix
+
+
+def _backward_x(be, dy, w, offsets, dx, add):
+    (E, O, I), R = w.shape, len(dx.matrix)
+    arguments = dy, w, offsets, dx, add, E, R, I, O, dy.stride, dx.stride
+    if hopper := _hopper(be, "backward_x", w, dy, dx):
+        _on_hopper(be, "backward_x", hopper, _row_tiles(I, R, E, hopper), E, w, arguments)
+    elif _fast(be, w, dy, dx):
+        how = _row_tiles(I, R, E, FAST), FAST.threads
+        be.launch("grouped_fast_backward_x", w, *how, *arguments, shared=FAST.shared(False, True))
+    else:
+        be.launch("grouped_backward_x", w, _row_tiles(I, R, E), (16, 16), *arguments)
+
+
+def _backward_w(be, dy, x, w, offsets, dw):
+    E, O, I = w.shape
+    sizes = I, O, dy.stride, x.stride
+    hopper = _hopper(be, "backward_w", w, dy, x)
+    if hopper and _address(dw) % 16 == 0:
+        tiles = _matrix_tiles(I, O, E, hopper)
+        _on_hopper(be, "backward_w", hopper, tiles, E, w, (dy, x, offsets, dw, E, *sizes))
+    elif _fast(be, w, dy, x):
+        how = _matrix_tiles(I, O, E, FAST), FAST.threads
+        be.launch("grouped_fast_backward_w", w, *how, dy, x, offsets, dw, *sizes, shared=FAST.shared(True, True))
+    else:
+        be.launch("grouped_backward_w", w, _matrix_tiles(I, O, E), (16, 16), dy, x, offsets, dw, *sizes)
+
+
+def _hopper(be, name: str, w, *matrices: Rows) -> Hopper | None:
+    """How cuda/moe_hopper.cu takes these, if it does."""
+    hopper = HOPPER.get(HOPPER_COLUMNS.get(name))
+    fits = hopper and be.device.target == "sm_90a" and hopper.shared(len(w)) <= be.device.shared_bytes // hopper.blocks
+    return hopper if fits and _fast(be, w, *matrices) else None
+
+
+def _on_hopper(be, name: str, hopper: Hopper, tiles, E: int, w, arguments):
+    """tiles: as many as there could be at most, in a grid of any shape."""
+    kernel, blocks = HOPPER_KERNELS[name, hopper.columns], hopper.grid(math.prod(tiles))
+    be.launch(kernel, w, blocks, hopper.threads, *arguments, shared=hopper.shared(E))
 
 
 def _fast(be, w, *matrices: Rows) -> bool:
@@ -190,10 +254,16 @@ def _rows(be, x):
     return Rows(be.xp.ascontiguousarray(x) if gaps else x)
 
 
-def _row_tiles(columns: int, R: int, E: int, fast: Fast | None = None) -> tuple[int, int]:
-    """Blocks for all tiles of R rows of E experts (and of nobody, at the end): the last of each may not be full."""
-    width, height = (fast.columns, fast.rows) if fast else (TILE, TILE)
+def _row_tiles(columns: int, R: int, E: int, how: Fast | Hopper | None = None) -> tuple[int, int]:
+    """Tiles of R rows of E experts (and of nobody, at the end), at most: the last of each may not be full."""
+    width, height = (how.columns, how.rows) if how else (TILE, TILE)
     return -(-columns // width), R // height + E + 1
+
+
+def _matrix_tiles(I: int, O: int, E: int, how: Fast | Hopper | None = None) -> tuple[int, int, int]:
+    """Tiles of E matrices (O,I)."""
+    width, height = (how.columns, how.rows) if how else (TILE, TILE)
+    return -(-I // width), -(-O // height), E
 
 
 TWINS = {
