@@ -132,7 +132,7 @@ def _sweep(found):
             f"  {m['k']:<7g}{m['loss']:>9.4f}{cost:>+9.2%}{s['sparsity']:>11.1%}{report:>11}"
             f"{s['sparsity_firing']:>13.1%}{s['silent']:>9.1%}{s['spikes_per_channel']:>10.3f}"
         )
-    yield "  small costs on few tokens are noise: of nano 0.1 % on 2,000 tokens and 0.03 % on 16,384 can be chance"
+    yield "  small costs on few tokens are noise: of nano 0.15 % on 2,000 tokens and 0.05 % on 16,384 can be chance"
     yield f"  (these are from {found['tokens']:,}; --tokens N reads more)"
 
 
