@@ -5,10 +5,10 @@
     python bench/gpu_ops.py --dtype float32            everything in float32: the plain kernels
     python bench/gpu_ops.py --profile gla_forward      its kernels: registers, shared memory, occupancy, ncu's line
 
-B 32, T 1024, C 768, H 12, G 4, D 64, W 256, F 2048, V 32768.  Median of 20 with a cold cache.  Bytes and operations are
-the least that the operation must move and do (a window's scores counted for visible pairs only); the share is the
-larger of bytes over a copy's rate and operations over a large product's, both measured in the same run.  PyTorch's
-rows stand in gpu_gla.py, gpu_attention.py and gpu_train.py.  The last line is JSON.
+B 32, T 1024, C 768, H 12, G 4, D 64, a gate of rank 16, W 256, F 2048, V 32768.  Median of 20 with a cold cache.  Bytes
+and operations are the least that the operation must move and do (a window's scores counted for visible pairs only); the
+share is the larger of bytes over a copy's rate and operations over a large product's, both measured in the same run.
+PyTorch's rows stand in gpu_gla.py, gpu_attention.py and gpu_train.py.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from minisb.ops.adamw import adamw, grad_norm  # noqa: E402
 from minisb.ops.attention import attention_backward, attention_forward, attention_step  # noqa: E402
 from minisb.ops.cross_entropy import counted, cross_entropy, total_loss  # noqa: E402
 from minisb.ops.embedding import embedding_backward, embedding_forward  # noqa: E402
-from minisb.ops.gate import log_gate_backward, log_gate_forward  # noqa: E402
+from minisb.ops.gate import (  # noqa: E402
+    log_gate_backward,
+    log_gate_forward,
+    low_rank_gate_backward,
+    low_rank_gate_forward,
+)
 from minisb.ops.gla import gla_backward, gla_forward, gla_step  # noqa: E402
 from minisb.ops.heads import relu_heads_backward, relu_heads_forward  # noqa: E402
 from minisb.ops.linear import linear_backward, linear_forward  # noqa: E402
@@ -37,7 +42,7 @@ from minisb.ops.rope import rope_backward, rope_forward, rope_table  # noqa: E40
 from minisb.ops.spike import spike_forward  # noqa: E402
 from minisb.ops.swiglu import swiglu_backward, swiglu_forward  # noqa: E402
 
-SIZES = SimpleNamespace(B=32, T=1024, C=768, H=12, G=4, D=64, W=256, F=2048, V=32768, params=100_000_000)
+SIZES = SimpleNamespace(B=32, T=1024, C=768, H=12, G=4, D=64, R=16, W=256, F=2048, V=32768, params=100_000_000)
 
 
 @dataclass
@@ -114,6 +119,23 @@ class Rows:
         log_g, gate = log_gate_forward(be, z, 16.0)
         yield Row("log_gate_forward", lambda: log_gate_forward(be, z, 16.0), z.nbytes + log_g.nbytes)
         yield Row("log_gate_backward", lambda: log_gate_backward(be, log_g, gate), 2 * z.nbytes + log_g.nbytes)
+        yield from self.low_rank_gate()
+
+    def low_rank_gate(self):
+        """Its input and that one's gradient are the last columns of a fused projection."""
+        be, s, R = self.be, self.s, self.s.R
+        J, fused = s.G * s.D, self.draw(s.B, s.T, (s.H + 2 * s.G) * s.D + s.R)
+        x, w, b, dw, db = fused[..., -R:], self.draw(J, R), self.draw(J), self.masters(J, R), self.masters(J)
+        log_g, saved = low_rank_gate_forward(be, x, w, b, 16.0)
+        dx, flops = self.xp.empty_like(fused)[..., -R:], 2 * self.N * R * J
+        moved = x.nbytes + log_g.nbytes
+        yield Row("low_rank_gate_forward", lambda: low_rank_gate_forward(be, x, w, b, 16.0), moved, flops)
+        yield Row(
+            "low_rank_gate_backward",
+            lambda: low_rank_gate_backward(be, log_g, saved, dx, dw, db),
+            moved + dx.nbytes,
+            2 * flops,
+        )
 
     def linear_attention(self):
         be, s = self.be, self.s

@@ -98,7 +98,7 @@ __device__ inline float log_of_one_and(float e)
 
 __device__ inline float log_sigmoid(float z) { return (z < 0 ? z : 0) - log_of_one_and(quick_exp(-fabs(z))); }
 
-// Four neighbours of a row, as far as there are `left`.  `quads`: rows are whole sixteens of bytes.
+// Four neighbours of a row, as far as there are `left`.  `quads`: every four of them lie on 16 bytes.
 __device__ inline void write_four(float* to, const float (&x)[4], int left, bool quads)
 {
     if (quads && left > 0) *(float4*)to = make_float4(x[0], x[1], x[2], x[3]);
@@ -129,6 +129,7 @@ __device__ inline void forward(const real* x, i64 stride, const real* w, const r
 {
     const Place at(J);
     const Columns<K> gate(w, b, at.first, J, R);
+    const bool quads = packed(J, log_g);
     const int step = 16 * at.teams * gridDim.x;
     for (int row = 16 * (blockIdx.x * at.teams + at.team); row < rows; row += step) {
         u32 a[K][4];
@@ -143,7 +144,7 @@ __device__ inline void forward(const real* x, i64 stride, const real* w, const r
                 float out[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) out[i] = share * log_sigmoid(z[2 * pair + i / 2][2 * half + i % 2]);
-                if (r < rows) write_four(log_g + (i64)r * J + j, out, J - j, J % 4 == 0);
+                if (r < rows) write_four(log_g + (i64)r * J + j, out, J - j, quads);
             }
     }
 }
@@ -151,13 +152,14 @@ __device__ inline void forward(const real* x, i64 stride, const real* w, const r
 // dlog_g of a warp's sixteen rows, in the places that z has; zeros outside.
 __device__ inline void read_gradient(float (&d)[4][4], const float* dlog_g, int row, int rows, int first, int J)
 {
+    const bool quads = packed(J, dlog_g);
 #pragma unroll
     for (int pair = 0; pair < 2; pair++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = row + lane() / 4 + 8 * half, j = column(first, 2 * pair, lane() % 4 * 2);
             float four[4];
-            read_four(four, dlog_g + (i64)r * J + j, r < rows ? J - j : 0, J % 4 == 0);
+            read_four(four, dlog_g + (i64)r * J + j, r < rows ? J - j : 0, quads);
 #pragma unroll
             for (int i = 0; i < 4; i++) d[2 * pair + i / 2][2 * half + i % 2] = four[i];
         }

@@ -42,9 +42,10 @@ __device__ inline void sum_columns(const real* x, wide* partial, i64 rows, int J
 extern "C" __global__ void __launch_bounds__(256) column_sums(
     const real* x, wide* partial, int rows, int J, i64 stride, int rows_a_slice)
 {
-    const i64 first = (i64)blockIdx.y * rows_a_slice, left = rows - first;
+    const i64 slice = gridDim.y - 1 - blockIdx.y;  // the last first: if x was just written, its end is in the cache
+    const i64 first = slice * rows_a_slice, left = rows - first;
     x += first * stride;
-    partial += (i64)blockIdx.y * J;
+    partial += slice * J;
     if (packed(J, x) && packed(stride)) sum_columns<PACK>(x, partial, left < rows_a_slice ? left : rows_a_slice, J, stride);
     else sum_columns<1>(x, partial, left < rows_a_slice ? left : rows_a_slice, J, stride);
 }

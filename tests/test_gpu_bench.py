@@ -227,7 +227,7 @@ def test_our_side_on_a_gpu(monkeypatch, capsys):
 
 
 def test_every_row_of_the_operations_runs_and_its_launches_are_seen():
-    be, tiny = emulated(), SimpleNamespace(B=2, T=8, C=16, H=4, G=2, D=8, W=4, F=12, V=20, params=30)
+    be, tiny = emulated(), SimpleNamespace(B=2, T=8, C=16, H=4, G=2, D=8, R=3, W=4, F=12, V=20, params=30)
     seen = {}
     for row in gpu_ops.Rows(be, "float32", tiny):
         seen[row.name] = [name for name, *_ in gpu_ops.launches(be, row.call)]

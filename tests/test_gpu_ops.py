@@ -13,8 +13,9 @@ from conftest import backends
 from emulator import here, there
 from op_cases import CASES, attend, linear_attend
 
+from minisb.gpu import Rows
 from minisb.gradcheck import relative_rms
-from minisb.launchers import dense
+from minisb.launchers import dense, grid
 from minisb.launchers.grid import add_slices
 from minisb.ops.adamw import adamw, grad_norm
 from minisb.ops.attention import attention_forward, attention_step
@@ -192,6 +193,26 @@ def test_slices_are_added(cuda, slices, C):
     found = there(cuda, total)
     add_slices(cuda, partial, there(cuda, partial), found)
     assert relative_rms(here(found), total + partial.sum(0)) < 1e-13
+    two = there(cuda, [total[: C // 2], total[C // 2 :]])
+    add_slices(cuda, partial, there(cuda, partial), *two)
+    assert np.array_equal(np.concatenate(here(two)), here(found))
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rows, J, before, after", [(300, 136, 0, 8), (300, 24, 8, 0), (70, 40, 3, 0), (1, 5, 0, 0)])
+def test_columns_are_summed(cuda, monkeypatch, element, rows, J, before, after):
+    """In packs and one by one, two slices, each longer than what a thread asks for at once."""
+    monkeypatch.setattr(grid, "SLICES", 2)
+    rng = np.random.default_rng(J)
+    wide = rng.standard_normal((rows, before + J + after)).astype(dtype_of(element))
+    first, exact = rng.standard_normal(J).astype(np.float32), wide.astype(np.float64)[:, before : before + J].sum(0)
+    found = there(cuda, [first, first])
+    for total in found:
+        x = Rows(there(cuda, wide)[:, before : before + J])
+        arrays = lambda partial, x=x: (x, partial, rows, J, x.stride)  # noqa: E731
+        grid.sliced_sum(cuda, "column_sums", x.matrix, arrays, rows, J, total)
+    assert relative_rms(here(found[0]), first + exact) < 1e-6
+    assert here(found[0]).tobytes() == here(found[1]).tobytes()
 
 
 @pytest.mark.parametrize("element", ["bfloat16", "float16", "float32"])
