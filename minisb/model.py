@@ -129,8 +129,11 @@ class SpikingBrain:
 
     def forward(self, tokens, spike=False, tap=None):
         """One full pass: tokens (B,T) -> logits (B,T,V)."""
-        h, _ = self._forward(tokens, spike, tap)
-        return self._logits(h)
+        return self._logits(self.hidden(tokens, spike, tap))
+
+    def hidden(self, tokens, spike=False, tap=None):
+        """What the head reads: tokens (B,T) -> the normed output of the last block (B,T,C)."""
+        return self._forward(tokens, spike, tap)[0]
 
     def loss(self, tokens, targets, spike=False, tap=None):
         """Mean cross-entropy in nats over the counted targets (B,T), in float64; no gradients.

@@ -194,7 +194,7 @@ def test_clipping_is_chosen_by_the_error_of_the_output():
         return (((x @ (dequantize_weight(w8, scales) - w).T) ** 2).sum(0)).astype(np.float64)
 
     product = (x.T @ x).astype(np.float64)
-    chosen, plain = quantize._quantize_rows(w, 128, product), quantize_weight(w)
+    chosen, plain = quantize._quantize_rows(Backend(2), w, 128, product), quantize_weight(w)
     np.testing.assert_allclose(chosen[1][:3], 0.8 * plain[1][:3], rtol=1e-6)
     assert (error(*chosen) <= error(*plain) * (1 + 1e-4)).all() and (error(*chosen) < error(*plain))[:3].all()
 
