@@ -62,6 +62,8 @@ def main(argv):
         code = INTERRUPTED
     print(flush=True)
     print(f"{timed.summary()}, decode state {state.nbytes:,} bytes{growth(model)}", file=sys.stderr)
+    if timed.count == 0 < args.tokens and code == 0:
+        print("the model ended the text at once: give a --prompt, or another --seed.", file=sys.stderr)
     return code
 
 

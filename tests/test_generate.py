@@ -5,12 +5,15 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import minisb
+import sample as sample_script
 from minisb.backend import Backend
-from minisb.config import Config
+from minisb.config import Config, preset
 from minisb.errors import MinisbError
 from minisb.generate import PIECE, generate, read_prompt, sample_token
 from minisb.model import SpikingBrain
@@ -245,6 +248,16 @@ def test_sample_refuses_in_one_line(run_folder, arguments, words):
     done = sample(run_folder, *arguments)
     error = done.stderr.decode().strip()
     assert done.returncode == 2 and words in error and "\n" not in error and not done.stdout
+
+
+def test_sample_says_when_the_text_ends_at_once(monkeypatch, capsys):
+    """A reader who sees nothing should know why."""
+    tokenizer = SimpleNamespace(encode=lambda text: [], stream=lambda ids: map(str, ids), eot=0)
+    model = SimpleNamespace(tokenizer=tokenizer, new_state=lambda: SimpleNamespace(nbytes=1), config=preset("nano"))
+    monkeypatch.setattr(minisb, "load", lambda *_, **__: model)
+    monkeypatch.setattr(sample_script, "generate", lambda *_, **__: iter(()))
+    assert sample_script.main(["run"]) == 0
+    assert "ended the text at once" in capsys.readouterr().err
 
 
 def test_sample_without_a_run(tmp_path):
