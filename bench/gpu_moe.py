@@ -1,17 +1,25 @@
-"""One product per expert on one GPU in bfloat16: TFLOP/s of the fast kernels by tile size, and the rest of the layer.
+"""One product per expert on one GPU in bfloat16: TFLOP/s by kernel and tile, and the rest of the layer.
 
-    python bench/gpu_moe.py
+    python bench/gpu_moe.py [--variants]
 
 16,384 tokens, 16 experts, top-1, C 1024, F 2816: forward (O,I) = (2816,1024) and its backward, dx and dw.  First
-each choice of tile (columns, depth, stages, columns of a warp), compiled anew, beside cuBLAS on a product of as many
-operations without experts; then everything around the products, with the share of what a copy moves a second.
-Loads are uneven: expert e has about e + 1 shares of the tokens.  Median of 20 between CUDA events.
+the kernels for every GPU in three choices of tile, then those for Hopper in tiles of 128 and 256 columns, with the
+share of what cuBLAS reaches on a product of as many operations without experts; results unlike the first kernel's are
+marked WRONG.  Then both with equal loads and with few tokens, and everything around the products, with the share of
+what a copy moves a second.  Loads are uneven: expert e has about e + 1 shares of the tokens.  Median of 20 between
+CUDA events.
+
+--variants: Hopper's kernels changed in one place each; those in capitals leave work out to show where time goes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 
@@ -25,18 +33,36 @@ from gpu_timing import copy_rate, milliseconds  # noqa: E402
 
 from minisb import kernels  # noqa: E402
 from minisb.backend import CudaBackend  # noqa: E402
-from minisb.gpu import Gpu  # noqa: E402
+from minisb.gpu import Gpu, Rows  # noqa: E402
 from minisb.launchers import experts as launchers  # noqa: E402
 from minisb.ops import moe  # noqa: E402
 from minisb.ops.sinks import sinks_backward, sinks_forward  # noqa: E402
 from minisb.ops.w8aspike import w8aspike_grouped, w8aspike_linear  # noqa: E402
 
 N, E, C, F = 16384, 16, 1024, 2816
-TILES = (
-    launchers.Fast(), launchers.Fast(depth=64, stages=3), launchers.Fast(depth=64, stages=2), launchers.Fast(stages=3),
-    launchers.Fast(warp_columns=64), launchers.Fast(columns=256, warp_columns=64, depth=64, stages=3),
-    launchers.Fast(columns=256, warp_columns=64, depth=32, stages=4),
-)  # fmt: skip
+TILES = launchers.Fast(), launchers.Fast(depth=64, stages=3), launchers.Fast(depth=64, stages=2)
+COLUMNS = dict(launchers.HOPPER_COLUMNS)
+#: Label -> changes of cuda/moe_hopper.cu: what, and what instead.  Those in capitals leave something out.
+VARIANTS = {
+    "3 stages of 256 columns": [(r"\(256, 4\);", "(256, 3);")],
+    "2 stages of 128 columns": [(r"\(128, 3\);", "(128, 2);")],
+    "bands of 4": [(r"BAND = 16", "BAND = 4")],
+    "no bands": [(r"BAND = 16", "BAND = 1 << 20")],
+    "8 copies at once": [(r"#pragma unroll 4\n", "#pragma unroll 8\n")],
+    "each copy is awaited": [
+        (
+            r"barrier_arrive_behind_copies\(memory",
+            "copies_issued(); copies_arrived(); show_products(); barrier_arrive(memory",
+        ),
+        (r"\n            show_products\(\);", ""),
+    ],
+    "no fence before products": [(r"\n            show_products\(\);", "")],
+    "no tile is cut": [(r"2 \* left <= gridDim.x", "false")],
+    "sums not asked for": [(r"\n        ask_for<COLUMNS>\(tile\);", "")],
+    "NO COPIES": [(r"\n            Products::(Left|Right)::bring[^;]+;", "")],
+    "NO PRODUCTS": [(r"\n                products_of<[^;]+;", ";")],
+    "NO RESULTS": [(r"\n        store_sums\(walk.tile, row, sum\);", "\n        hold(sum);")],
+}
 HALF = ml_dtypes.bfloat16
 
 
@@ -44,10 +70,11 @@ def draw(*shape, dtype=HALF):
     return cupy.random.standard_normal(shape, dtype="float32").astype(dtype)
 
 
-def chosen():
-    """Experts (N,1), expert e with about e + 1 shares."""
+def chosen(tokens=N, equal=False):
+    """Experts (tokens,1), expert e with about e + 1 shares, or all as many."""
     shares = np.arange(1, E + 1) / np.arange(1, E + 1).sum()
-    return cupy.asarray(np.random.default_rng(0).choice(E, (N, 1), p=shares).astype(np.int32))
+    experts = np.arange(tokens) % E if equal else np.random.default_rng(0).choice(E, tokens, p=shares)
+    return cupy.asarray(experts[:, None].astype(np.int32))
 
 
 def backend_for(tile: launchers.Fast) -> CudaBackend:
@@ -62,42 +89,136 @@ def backend_for(tile: launchers.Fast) -> CudaBackend:
     return CudaBackend(device)
 
 
-def products(be, plan, x, w, dy, y, dw):
-    """Forward, and dx and dw: milliseconds."""
-    offsets = plan.offsets
-    forward = milliseconds(lambda: moe.grouped_forward(be, x, w, offsets, y))
-    both = milliseconds(lambda: moe.grouped_backward(be, dy, x, w, offsets, dw))
-    return {"forward_ms": forward, "backward_ms": both}
+class Problem:
+    """Operands of the three products, and calls that compute them."""
+
+    def __init__(self, be, tokens=N, equal=False):
+        self.offsets = moe.dispatch_plan(be, chosen(tokens, equal), E).offsets
+        self.x, self.w, self.dy = draw(tokens, C), draw(E, F, C), draw(tokens, F)
+        self.y, self.dx, self.dw = cupy.empty((tokens, F), HALF), cupy.empty((tokens, C), HALF), self.no_sums()
+        self.flops = 2 * tokens * C * F
+
+    def no_sums(self):
+        return cupy.zeros((E, F, C), "float32")
+
+    def forward(self, be):
+        moe.grouped_forward(be, self.x, self.w, self.offsets, self.y)
+        return self.y
+
+    def backward_x(self, be):
+        launchers._backward_x(be, Rows(self.dy), self.w, self.offsets, Rows(self.dx), False)
+        return self.dx
+
+    def backward_w(self, be):
+        launchers._backward_w(be, Rows(self.dy), Rows(self.x), self.w, self.offsets, self.dw)
+        return self.dw
+
+    def results(self, be):
+        self.dw = self.no_sums()
+        return {name: getattr(self, name)(be).astype("float32") for name in COLUMNS}
+
+    def measured(self, be, label, limit, expected=None):
+        """Milliseconds of each product, printed; WRONG behind one that is not as expected."""
+        wrong, got = set(), self.results(be) if expected else {}
+        for name, one in got.items():
+            if not float(cupy.linalg.norm(one - expected[name])) < 5e-3 * float(cupy.linalg.norm(expected[name])):
+                wrong.add(name)
+        found = {}
+        for name in COLUMNS:
+            found[name] = milliseconds(lambda name=name: getattr(self, name)(be))
+        text = ""
+        for name, ms in found.items():
+            rate = self.flops / ms / 1e9
+            text += f"  {name} {ms:.3f} ms {rate:4.0f} ({rate / limit:.0%}){' WRONG' if name in wrong else ''}"
+        print(f"{label:<44}{text}", flush=True)
+        return {**found, "wrong": sorted(wrong)}
+
+
+def on_hopper(columns):
+    """From here on in tiles of so many columns; none of Hopper's kernels with 0."""
+    launchers.HOPPER_COLUMNS = dict.fromkeys(COLUMNS, columns) if columns else {}
+
+
+def changed(be, edits) -> bytes:
+    """cuda/moe_hopper.cu with `edits`, compiled."""
+    text = kernels.assembled("moe_hopper")
+    for what, instead in edits:
+        text, edited = re.subn(what, instead, text)
+        assert edited, what
+    options = (*kernels.OPTIONS, f"--gpu-architecture={be.device.target}", "-DREAL_bfloat16")
+    return be.device.compiler.compile(text, "moe_hopper.cu", options)[0]
+
+
+def variants(be, problem, limit, expected):
+    folder, ready, found = Path(tempfile.mkdtemp()), be.device._ready, {}
+    keys = [(name, np.dtype(HALF)) for name in launchers.HOPPER_KERNELS.values()]
+    usual = {key: ready[key] for key in keys}
+    with ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(lambda edits: changed(be, edits), VARIANTS.values()))
+    for n, (label, cubin) in enumerate(zip(VARIANTS, built, strict=True)):
+        path = folder / f"{n}.cubin"
+        path.write_bytes(cubin)
+        module = cupy.RawModule(path=str(path))
+        ready.update({key: (module.get_function(key[0]), usual[key][1]) for key in keys})
+        for columns in launchers.HOPPER:
+            if f"{384 - columns} columns" in label:  # which is of the other
+                continue
+            on_hopper(columns)
+            name = f"{columns} columns, {label}"
+            found[name] = problem.measured(be, name, limit, None if label.isupper() else expected)
+    ready.update(usual)
+    return found
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", action="store_true", help="time changed kernels for Hopper too")
+    args = parser.parse_args()
     be = CudaBackend(Gpu())
     print(be.device.describe())
-    reach = copy_rate()
-    x, w, dy, dw = draw(N, C), draw(E, F, C), draw(N, F), cupy.zeros((E, F, C), "float32")
-    y, flops = cupy.empty((N, F), HALF), 2 * N * C * F
-    dense = milliseconds(lambda: be.gemm(x, w[0], out=y, tb=True))
-    limit = flops / dense / 1e9
+    reach, problem = copy_rate(), Problem(be)
+    dense = milliseconds(lambda: be.gemm(problem.x, problem.w[0], out=problem.y, tb=True))
+    limit = problem.flops / dense / 1e9
     print(f"copy {reach:.0f} GB/s; cuBLAS, one matrix for all: {dense:.3f} ms, {limit:.0f} TFLOP/s")
-    found = {"device": be.device.describe(), "copy_gb_s": reach, "cublas_tflop_s": limit, "tiles": []}
-    plan = moe.dispatch_plan(be, chosen(), E)
+    found = {"device": be.device.describe(), "copy_gb_s": reach, "cublas_tflop_s": limit, "tiles": {}}
+    on_hopper(0)
+    expected = problem.results(be)
     for tile in TILES:
         if max(tile.shared(False, False), tile.shared(True, True)) > be.device.shared_bytes:
             continue
-        times = products(backend_for(tile), plan, x, w, dy, y, dw)
-        rates = flops / times["forward_ms"] / 1e9, 2 * flops / times["backward_ms"] / 1e9
-        print(f"{tile.columns:>4} columns, depth {tile.depth}, {tile.stages} stages, warps of {tile.warp_columns}: "
-              f"forward {times['forward_ms']:.3f} ms, {rates[0]:.0f} TFLOP/s ({rates[0] / limit:.0%} of cuBLAS); "
-              f"backward {times['backward_ms']:.3f} ms, {rates[1]:.0f} ({rates[1] / limit:.0%})")  # fmt: skip
-        found["tiles"].append({"tile": astuple(tile), **times, "tflop_s": rates})
+        label = f"{tile.columns} columns, depth {tile.depth}, {tile.stages} stages, mma.sync"
+        found["tiles"][label] = problem.measured(backend_for(tile), label, limit, expected)
     launchers.FAST = TILES[0]
+    if be.device.target == "sm_90a":
+        for columns in launchers.HOPPER:
+            on_hopper(columns)
+            label = f"{columns} columns, wgmma"
+            found["tiles"][label] = problem.measured(be, label, limit, expected)
+        if args.variants:
+            found["variants"] = variants(be, problem, limit, expected)
+    found["loads"] = loads(be, limit)
+    launchers.HOPPER_COLUMNS = COLUMNS
     found["rest"] = {}
-    for name, (call, size) in around(be, x, plan).items():
+    plan = moe.dispatch_plan(be, chosen(), E)
+    for name, (call, size) in around(be, problem.x, plan).items():
         ms = milliseconds(call)
         rate = size / ms / 1e6
         print(f"{name:<32}{ms:>9.4f} ms{rate:>8.0f} GB/s ({rate / reach:.0%} of the copy)")
         found["rest"][name] = {"ms": ms, "gb_s": rate}
     print(json.dumps(found))
+
+
+def loads(be, limit):
+    """Other loads: all experts alike, and few tokens, by all kernels."""
+    found = {}
+    for what, problem in {
+        "equal loads": Problem(be, equal=True), "2,048 tokens": Problem(be, 2048), "128 tokens": Problem(be, 128),
+    }.items():  # fmt: skip
+        for columns in (0, *(launchers.HOPPER if be.device.target == "sm_90a" else ())):
+            on_hopper(columns)
+            label = f"{what}, {f'{columns} columns, wgmma' if columns else 'mma.sync'}"
+            found[label] = problem.measured(be, label, limit)
+    return found
 
 
 def around(be, x, plan):

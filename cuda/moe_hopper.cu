@@ -70,7 +70,7 @@ struct Slice {
 
 // Threads that bring slices.
 template <int COLUMNS>
-constexpr int PRODUCERS = COLUMNS == 256 ? 128 : 32;
+constexpr int PRODUCERS = COLUMNS == 256 ? 128 : 64;
 
 // A tile: its sides, the depth that they share, and where its results go; left.count rows, right.count columns of them.
 template <typename number>
@@ -447,8 +447,8 @@ __device__ __forceinline__ void all_experts(const Products& products)
 #define BACKWARD_W(COLUMNS, STAGES)
 #endif
 
-// For 128 columns 288 threads, two blocks to a multiprocessor; for 256 columns 384, one.
-extern "C" __global__ void __launch_bounds__(288, 2) grouped_hopper_forward_128(
+// For 128 columns 320 threads, two blocks to a multiprocessor; for 256 columns 384, one.
+extern "C" __global__ void __launch_bounds__(320, 2) grouped_hopper_forward_128(
     const real* x, const real* w, const int* offsets, real* y, int E, int R, int I, int O, i64 x_step, i64 y_step)
 {
     FORWARD(128, 3);
@@ -460,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_forward_256(
     FORWARD(256, 4);
 }
 
-extern "C" __global__ void __launch_bounds__(288, 2) grouped_hopper_backward_x_128(
+extern "C" __global__ void __launch_bounds__(320, 2) grouped_hopper_backward_x_128(
     const real* dy, const real* w, const int* offsets, real* dx, int add, int E, int R, int I, int O, i64 dy_step,
     i64 dx_step)
 {
@@ -474,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_backward_x_2
     BACKWARD_X(256, 4);
 }
 
-extern "C" __global__ void __launch_bounds__(288, 2) grouped_hopper_backward_w_128(
+extern "C" __global__ void __launch_bounds__(320, 2) grouped_hopper_backward_w_128(
     const real* dy, const real* x, const int* offsets, wide* dw, int E, int I, int O, i64 dy_step, i64 x_step)
 {
     BACKWARD_W(128, 3);

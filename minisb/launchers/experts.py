@@ -158,9 +158,9 @@ class Hopper:
         return min(tiles, self.blocks * MULTIPROCESSORS)
 
 
-HOPPER = {128: Hopper(128, 3, 2, 288), 256: Hopper(256, 4, 1, 384)}
+HOPPER = {128: Hopper(128, 3, 2, 320), 256: Hopper(256, 4, 1, 384)}
 #: Columns of a tile on a Hopper GPU; without an entry it takes what others do.  bench/gpu_moe.py times all.
-HOPPER_COLUMNS = {"forward": 256, "backward_x": 256, "backward_w": 128}
+HOPPER_COLUMNS = {"forward": 256, "backward_x": 256, "backward_w": 256}
 HOPPER_KERNELS = {
     ("forward", 128): "grouped_hopper_forward_128",
     ("forward", 256): "grouped_hopper_forward_256",
