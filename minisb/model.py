@@ -9,6 +9,7 @@ from minisb.hybrid import ParallelHybrid, SharedHybrid
 from minisb.layers import GatedLinearAttention, SoftmaxAttention, SwiGLU
 from minisb.ops.cross_entropy import counted, cross_entropy, total_loss
 from minisb.ops.embedding import embedding_backward, embedding_forward
+from minisb.ops.linear import linear_forward
 from minisb.ops.norm import add_rmsnorm_backward, add_rmsnorm_forward, rmsnorm_forward
 from minisb.ops.rope import rope_table
 from minisb.params import ParamStore, Spec
@@ -269,7 +270,7 @@ class SpikingBrain:
         """h (N,C) -> logits (N,V)."""
         if isinstance(self.head, Int8Matrix):
             return self.head.product(self.be, h)
-        return self.be.gemm(h, self.head, tb=True)
+        return linear_forward(self.be, h, self.head)
 
     def _logits(self, h):
         """h (...,C) -> (...,V)."""

@@ -13,8 +13,10 @@ from test_decode import MIXED
 from minisb import quantize
 from minisb.backend import CudaBackend
 from minisb.generate import generate
+from minisb.gradcheck import relative_rms
 from minisb.model import TABLE, SpikingBrain, specs
 from minisb.ops.attention import attention_step, store_token
+from minisb.ops.linear import linear_forward
 from minisb.ops.w8aspike import attention_step_int8, store_token_int8
 from minisb.params import ParamStore
 from minisb.quantized import store_of
@@ -175,3 +177,19 @@ def test_a_coded_token_goes_to_its_slot(cuda, on_device):
     np.testing.assert_allclose(
         found[0], attention_step_int8(backends()["numpy"], q16, qv, *cache, 9), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("O, I", [(1, 1), (70, 40), (9, 3), (5, 1100), (2050, 300)])
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-6), ("float64", 1e-14), ("float16", 2e-3)])
+def test_one_tokens_product(cuda, O, I, dtype, limit):
+    """With a bias of some of the columns, without one, and into some of the columns of a row."""
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(shape).astype(dtype) for shape in ((1, 1, I), (O, I), -(-O // 2)))
+    want = w.astype("float64") @ x[0, 0].astype("float64")
+    on_gpu = there(cuda, [x, w, b])
+    assert relative_rms(here(linear_forward(cuda, *on_gpu[:2])).astype("float64"), want[None, None]) < limit
+    row = there(cuda, np.full((1, 1, O + 7), 9, dtype))
+    linear_forward(cuda, *on_gpu, out=row[..., 3 : 3 + O])
+    want[: b.size] += b
+    assert relative_rms(here(row)[0, 0, 3 : 3 + O].astype("float64"), want) < limit
+    assert (here(row)[..., :3] == 9).all() and (here(row)[..., 3 + O :] == 9).all()

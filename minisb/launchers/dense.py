@@ -67,9 +67,14 @@ def add_rmsnorm_backward(be, dz, dy, saved, dw):
 
 # --- linear
 
+MATVEC = True  # one token's product by cuda/matvec.cu and not by cuBLAS: bench/gpu_decode.py times both
+MATVEC_WARPS = 2048  # that a product should have, if its rows are long enough to be shared
+
 
 def linear_forward(be, x, w, b=None, out=None):
     y = be.xp.empty((*x.shape[:-1], w.shape[0]), x.dtype) if out is None else out
+    if x.size == w.shape[1] and _one_token(be, x, w, b, y):
+        return y
     if b is not None and be.gemm_with(flat(x), w, flat(y), tb=True, bias=b):
         return y
     be.gemm(flat(x), w, out=flat(y), tb=True)
@@ -78,6 +83,18 @@ def linear_forward(be, x, w, b=None, out=None):
         rows = columns.matrix.shape[0]
         each(be, "add_bias", y, rows * b.size, columns, b, rows, b.size, columns.stride)
     return y
+
+
+def _one_token(be, x, w, b, y) -> bool:
+    """linear_forward of a single row; False where its kernel is not for these arrays."""
+    if not MATVEC or any(a.dtype != w.dtype or not a.flags.c_contiguous for a in (x, w, y)):
+        return False
+    (O, I), sharing = w.shape, 1
+    while sharing < 4 and O * sharing < MATVEC_WARPS and I > 256 * sharing:
+        sharing *= 2
+    blocks, J = -(-O * sharing // 4), 0 if b is None else b.size
+    be.launch("matvec", w, blocks, 128, x, w, b, y, O, I, J, sharing)
+    return True
 
 
 def linear_backward(be, dy, x, w, dw, db=None, dx=None):
