@@ -164,6 +164,13 @@ __device__ __forceinline__ void turn_pass(int name, int threads)
 // The 128 bytes of memory around x come into L2.
 __device__ __forceinline__ void fetch_ahead(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
 
+// Sixteen bytes go to memory if they shall, without a branch.
+__device__ __forceinline__ void store_words(void* to, const u32 (&word)[4], bool shall)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}"
+                 ::"l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]), "r"((int)shall) : "memory");
+}
+
 // All warps of a warpgroup give registers back or take them.
 template <int count>
 __device__ __forceinline__ void fewer_registers()

@@ -7,13 +7,13 @@
 //
 // A tile is 128 rows by 128 or 256 columns of results.  A block's first two warpgroups have 64 of its rows each in
 // registers; warps behind them walk the depth in slices of 64, bring both sides of a slice into shared memory and run
-// ahead, into the next tile too: their copies report their arrival by themselves.  Nothing is transposed: the tensor cores are
-// told how a side lies.  Rows of a neighbouring expert are neither read nor written.
+// ahead, into the next tile too: their copies report their arrival by themselves.  Nothing is transposed: the tensor
+// cores are told how a side lies.  Rows of a neighbouring expert are neither read nor written.
 //
 // Blocks, as many as the multiprocessors hold (one of 256 columns, two of 128), walk the tiles of all experts, forward
-// and back by turns: first, last, last, first, ...  Tiles next to each other share columns of the right side; 16 rows of
-// tiles pass before the next 16 begin, so that either side's panels stay in L2.  Of dw the largest experts come first, for
-// a tile takes as long as its expert has rows.
+// and back by turns: first, last, last, first, ...  Tiles next to each other share columns of the right side; 16 rows
+// of tiles pass before the next 16 begin, so that either side's panels stay in L2.  Of dw the largest experts come
+// first, for a tile takes as long as its expert has rows.  The last tiles of forward and dx are cut in two (Walk).
 //
 // At 16,384 rows, C 1024 and F 2816 over 16 experts a product is 94 GFLOP: 0.14 ms at 690 TFLOP/s.  Bytes from memory:
 // 34 + 92 + 92 MB (0.07 ms at 3.3 TB/s), for dw 34 + 92 and twice 185 MB (0.15 ms): its tiles are asked for while they
@@ -26,7 +26,7 @@
 
 constexpr int ROWS = 128, DEPTH = 64;
 constexpr int CONSUMERS = 256;  // threads
-constexpr int BAND = 16;  // tiles down that pass before the next ones begin
+constexpr int BAND = 16;        // tiles down that pass before the next ones begin
 
 #if HOPPER
 // One side of a product from its tile's first row (or column) on: `count` of them are there, `step` numbers lie between
@@ -37,8 +37,8 @@ struct Side {
     int count;
 };
 
-// How a slice of a side lies in shared memory: lines of DEPTH numbers, one for each of SIZE rows, or, `across`, DEPTH lines
-// of SIZE numbers.
+// How a slice of a side lies in shared memory: lines of DEPTH numbers, one for each of SIZE rows, or, `across`, DEPTH
+// lines of SIZE numbers.
 template <int SIZE, bool across, int THREADS>
 struct Slice {
     static constexpr bool ACROSS = across;
@@ -47,7 +47,8 @@ struct Slice {
     // THREADS threads bring it from depth `at` on, of which `depth` are there; zeros beyond.
     static __device__ __forceinline__ void bring(char* to, const Side& side, int at, int depth)
     {
-        constexpr int LINES = across ? DEPTH : SIZE, PIECES = (across ? SIZE : DEPTH) / 8, LINES_A_ROUND = THREADS / PIECES;
+        constexpr int LINES = across ? DEPTH : SIZE, PIECES = (across ? SIZE : DEPTH) / 8;
+        constexpr int LINES_A_ROUND = THREADS / PIECES;
         const int thread = threadIdx.x % THREADS, piece = thread % PIECES, first = thread / PIECES;
         const bool any = across ? 8 * piece < side.count : at + 8 * piece < depth;
         const int lines = any ? (across ? depth - at : side.count) : 0;
@@ -165,12 +166,13 @@ struct Matrices {
         const int row = place.row * ROWS, column = place.column * COLUMNS;
         const i64 first = offsets[e];
         return {{dy + first * dy_step + row, dy_step, O - row < ROWS ? O - row : ROWS},
-                {x + first * x_step + column, x_step, I - column}, count(e), dw + ((i64)e * O + row) * I + column, I, true};
+                {x + first * x_step + column, x_step, I - column},
+                count(e), dw + ((i64)e * O + row) * I + column, I, true};
     }
 };
 
-// A block's way through all tiles.  Those left for the last round, if they are few, are cut in two, 64 rows each: a tile
-// of one warpgroup takes little more than half the time.
+// A block's way through all tiles.  Those left for the last round, if they are few, are cut in two, 64 rows each: a
+// tile of one warpgroup takes little more than half the time.
 template <class Products>
 struct Walk {
     const Products& products;
@@ -220,7 +222,8 @@ private:
 // Shared memory: STAGES slices of both sides, barriers, and behind them the order of E experts.
 template <int COLUMNS, int STAGES>
 struct Memory {
-    static constexpr int STAGE = (ROWS + COLUMNS) * DEPTH * 2, BYTES = 1024 + STAGES * STAGE + 16 * STAGES;  // 1024: to align
+    static constexpr int STAGE = (ROWS + COLUMNS) * DEPTH * 2;
+    static constexpr int BYTES = 1024 + STAGES * STAGE + 16 * STAGES;  // 1024: to align
     char* stages;
     u64 *here, *free;  // of each stage: has arrived, is no longer needed
     int* order;
@@ -314,7 +317,7 @@ __device__ __forceinline__ void store_sums(const Tile<real>& tile, int row, floa
 #pragma unroll
             for (int i = 0; i < 4; i++) word[i] = pack(sum[j + i][2 * half], sum[j + i][2 * half + 1]);
             exchange(word);
-            if (8 * (j + q) < columns) *((int4*)(to + 8 * j) + q) = {(int)word[0], (int)word[1], (int)word[2], (int)word[3]};
+            store_words(to + 8 * (j + q), word, 8 * (j + q) < columns);
         }
     }
 }

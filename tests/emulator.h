@@ -506,6 +506,10 @@ inline void barrier_wait(unsigned long long* barrier, int parity)
 }
 
 inline void fetch_ahead(const void*) {}
+inline void store_words(void* to, const unsigned (&word)[4], bool shall)
+{
+    if (shall) std::memcpy(to, word, sizeof word);
+}
 
 inline void turn_wait(int name, int threads)
 {
