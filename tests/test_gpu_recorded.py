@@ -1,6 +1,8 @@
 """A recorded decoding step gives model.step's bits: from a CUDA graph, in emulation from a list of launches."""
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +195,19 @@ def test_one_tokens_product(cuda, O, I, dtype, limit):
     want[: b.size] += b
     assert relative_rms(here(row)[0, 0, 3 : 3 + O].astype("float64"), want) < limit
     assert (here(row)[..., :3] == 9).all() and (here(row)[..., 3 + O :] == 9).all()
+
+
+def test_the_bench_of_decoding(cuda, monkeypatch):
+    """Same bits, and the bytes of a float model and of the same in int8."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    bench = importlib.import_module("gpu_decode")
+    monkeypatch.setattr(bench, "PLAIN", 2)
+    monkeypatch.setattr(bench, "RECORDED", 2)
+    if cuda.xp is np:
+        monkeypatch.setattr(bench, "replay", lambda recorded: 1.0)
+    config = replace(test_quantize.C, window=W)
+    floats = bench.float_model(config, cuda)
+    found = [bench.measure(floats, False), bench.measure(floats, True)]
+    found += [bench.measure(bench.int8_model(config, cuda, embedding), False) for embedding in (False, True)]
+    assert all(row["same_bits"] and row["recorded_tok_s"] > 0 for row in found)
+    assert found[0]["bytes"] == found[1]["bytes"] > found[2]["bytes"] > found[3]["bytes"]

@@ -90,7 +90,7 @@ def _one_token(be, x, w, b, y) -> bool:
     if not MATVEC or any(a.dtype != w.dtype or not a.flags.c_contiguous for a in (x, w, y)):
         return False
     (O, I), sharing = w.shape, 1
-    while sharing < 4 and O * sharing < MATVEC_WARPS and I > 256 * sharing:
+    while sharing < 4 and O * sharing < MATVEC_WARPS and 256 * sharing < I:
         sharing *= 2
     blocks, J = -(-O * sharing // 4), 0 if b is None else b.size
     be.launch("matvec", w, blocks, 128, x, w, b, y, O, I, J, sharing)
