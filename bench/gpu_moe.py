@@ -42,10 +42,9 @@ from minisb.ops.w8aspike import w8aspike_grouped, w8aspike_linear  # noqa: E402
 N, E, C, F = 16384, 16, 1024, 2816
 TILES = launchers.Fast(), launchers.Fast(depth=64, stages=3), launchers.Fast(depth=64, stages=2)
 COLUMNS = dict(launchers.HOPPER_COLUMNS)
-#: Label -> changes of cuda/moe_hopper.cu: what, and what instead.  Those in capitals leave something out.
+#: Label -> changes of cuda/moe_hopper*.cu: what, and what instead.  Those in capitals leave something out.
 VARIANTS = {
-    "3 stages of 256 columns": [(r"\(256, 4\);", "(256, 3);")],
-    "2 stages of 128 columns": [(r"\(128, 3\);", "(128, 2);")],
+    "a stage less": [(r"all_experts<256, 4>", "all_experts<256, 3>"), (r"all_experts<128, 3>", "all_experts<128, 2>")],
     "bands of 4": [(r"BAND = 16", "BAND = 4")],
     "no bands": [(r"BAND = 16", "BAND = 1 << 20")],
     "8 copies at once": [(r"#pragma unroll 4\n", "#pragma unroll 8\n")],
@@ -139,34 +138,32 @@ def on_hopper(columns):
     launchers.HOPPER_COLUMNS = dict.fromkeys(COLUMNS, columns) if columns else {}
 
 
-def changed(be, edits) -> bytes:
-    """cuda/moe_hopper.cu with `edits`, compiled."""
-    text = kernels.assembled("moe_hopper")
+def changed(be, columns, edits) -> bytes:
+    """The kernels for tiles of so many columns with `edits`, compiled."""
+    original = text = kernels.assembled(f"moe_hopper_{columns}")
     for what, instead in edits:
-        text, edited = re.subn(what, instead, text)
-        assert edited, what
+        text = re.sub(what, instead, text)
+    assert text != original, edits
     options = (*kernels.OPTIONS, f"--gpu-architecture={be.device.target}", "-DREAL_bfloat16")
-    return be.device.compiler.compile(text, "moe_hopper.cu", options)[0]
+    return be.device.compiler.compile(text, f"moe_hopper_{columns}.cu", options)[0]
 
 
 def variants(be, problem, limit, expected):
     folder, ready, found = Path(tempfile.mkdtemp()), be.device._ready, {}
-    keys = [(name, np.dtype(HALF)) for name in launchers.HOPPER_KERNELS.values()]
-    usual = {key: ready[key] for key in keys}
+    tasks = [(label, columns) for label in VARIANTS for columns in launchers.HOPPER]
     with ThreadPoolExecutor(8) as pool:
-        built = list(pool.map(lambda edits: changed(be, edits), VARIANTS.values()))
-    for n, (label, cubin) in enumerate(zip(VARIANTS, built, strict=True)):
-        path = folder / f"{n}.cubin"
+        built = list(pool.map(lambda task: changed(be, task[1], VARIANTS[task[0]]), tasks))
+    for (label, columns), cubin in zip(tasks, built, strict=True):
+        path = folder / f"{len(found)}.cubin"
         path.write_bytes(cubin)
         module = cupy.RawModule(path=str(path))
+        keys = [(name, np.dtype(HALF)) for (_, n), name in launchers.HOPPER_KERNELS.items() if n == columns]
+        usual = {key: ready[key] for key in keys}
         ready.update({key: (module.get_function(key[0]), usual[key][1]) for key in keys})
-        for columns in launchers.HOPPER:
-            if f"{384 - columns} columns" in label:  # which is of the other
-                continue
-            on_hopper(columns)
-            name = f"{columns} columns, {label}"
-            found[name] = problem.measured(be, name, limit, None if label.isupper() else expected)
-    ready.update(usual)
+        on_hopper(columns)
+        name = f"{columns} columns, {label}"
+        found[name] = problem.measured(be, name, limit, None if label.isupper() else expected)
+        ready.update(usual)
     return found
 
 

@@ -142,7 +142,7 @@ FAST = Fast()  # bench/gpu_moe.py times others
 
 @dataclass(frozen=True)
 class Hopper:
-    """How cuda/moe_hopper.cu cuts a product up: columns of a tile, slices in shared memory, blocks a multiprocessor."""
+    """How cuda/moe_hopper*.cu cut a product up: columns of a tile, slices in shared memory, blocks a multiprocessor."""
 
     columns: int
     stages: int
@@ -223,7 +223,7 @@ def _backward_w(be, dy, x, w, offsets, dw):
 
 
 def _hopper(be, name: str, w, *matrices: Rows) -> Hopper | None:
-    """How cuda/moe_hopper.cu takes these, if it does."""
+    """How cuda/moe_hopper*.cu take these, if they do."""
     hopper = HOPPER.get(HOPPER_COLUMNS.get(name))
     fits = hopper and be.device.target == "sm_90a" and hopper.shared(len(w)) <= be.device.shared_bytes // hopper.blocks
     return hopper if fits and _fast(be, w, *matrices) else None

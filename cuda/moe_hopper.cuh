@@ -20,9 +20,7 @@
 // are computed.  From L2 a tile of 128 x 256 takes 48 kB for each 4.2 MFLOP: 5.8 TB/s at 500 TFLOP/s.
 //
 // I, O and all steps from row to row are multiples of 8, all addresses of 16 bytes (launchers/experts.py).
-
-#include "tensor_cores.cuh"
-#include "hopper.cuh"
+#pragma once
 
 constexpr int ROWS = 128, DEPTH = 64;
 constexpr int CONSUMERS = 256;  // threads
@@ -183,6 +181,7 @@ struct Walk {
     {
         if constexpr (Products::EVEN) {
             int all = 0;
+#pragma unroll 1
             for (int e = 0; e < products.experts(); e++) all += products.tiles(e);
             const int left = all % gridDim.x;
             whole = 2 * left <= gridDim.x ? all - left : all;
@@ -195,6 +194,7 @@ struct Walk {
         const int half = cut ? (index - whole) % 2 * 64 : 0;
         if (cut) index = whole + (index - whole) / 2;
         round++;
+#pragma unroll 1
         for (; n < products.experts(); n++) {
             const int e = products.expert(n, order), tiles = products.tiles(e);
             if (index < before + tiles) {
@@ -325,6 +325,7 @@ __device__ __forceinline__ void store_sums(const Tile<real>& tile, int row, floa
 template <int COLUMNS>
 __device__ inline void clear(const Tile<real>& tile, int row)
 {
+#pragma unroll 1
     for (int r = row + lane() / 4; r < row + 16 && r < tile.left.count; r += 8)
         for (int c = lane() % 4 * 8; c < COLUMNS && c < tile.right.count; c += 32)
             *(int4*)(tile.to + r * tile.step + c) = int4{};
@@ -379,6 +380,7 @@ __device__ __forceinline__ void consumer(const Products& products, const Memory<
     for (Walk<Products> walk(products, memory.order); walk.next();) {
         const int slices = tiles_in(walk.tile.depth, DEPTH);
         if (first >= walk.tile.left.count) {  // no rows here: only say so
+#pragma unroll 1
             for (int s = 0; s < slices; s++, turn.next()) {
                 barrier_wait(memory.here + turn.stage, turn.parity);
                 __syncwarp();
@@ -437,54 +439,4 @@ __device__ __forceinline__ void all_experts(const Products& products)
         consumer(products, memory, role);
     }
 }
-
-#define FORWARD(COLUMNS, STAGES) \
-    all_experts<COLUMNS, STAGES>(RowsTimesMatrix<COLUMNS, false>{x, w, offsets, y, 0, E, R, I, O, x_step, y_step})
-#define BACKWARD_X(COLUMNS, STAGES) \
-    all_experts<COLUMNS, STAGES>(RowsTimesMatrix<COLUMNS, true>{dy, w, offsets, dx, add, E, R, O, I, dy_step, dx_step})
-#define BACKWARD_W(COLUMNS, STAGES) \
-    all_experts<COLUMNS, STAGES>(Matrices<COLUMNS>{dy, x, offsets, dw, E, I, O, dy_step, x_step})
-#else
-#define FORWARD(COLUMNS, STAGES)
-#define BACKWARD_X(COLUMNS, STAGES)
-#define BACKWARD_W(COLUMNS, STAGES)
 #endif
-
-// For 128 columns 320 threads, two blocks to a multiprocessor; for 256 columns 384, one.
-extern "C" __global__ void __launch_bounds__(320, 2) grouped_hopper_forward_128(
-    const real* x, const real* w, const int* offsets, real* y, int E, int R, int I, int O, i64 x_step, i64 y_step)
-{
-    FORWARD(128, 3);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_forward_256(
-    const real* x, const real* w, const int* offsets, real* y, int E, int R, int I, int O, i64 x_step, i64 y_step)
-{
-    FORWARD(256, 4);
-}
-
-extern "C" __global__ void __launch_bounds__(320, 2) grouped_hopper_backward_x_128(
-    const real* dy, const real* w, const int* offsets, real* dx, int add, int E, int R, int I, int O, i64 dy_step,
-    i64 dx_step)
-{
-    BACKWARD_X(128, 3);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_backward_x_256(
-    const real* dy, const real* w, const int* offsets, real* dx, int add, int E, int R, int I, int O, i64 dy_step,
-    i64 dx_step)
-{
-    BACKWARD_X(256, 4);
-}
-
-extern "C" __global__ void __launch_bounds__(320, 2) grouped_hopper_backward_w_128(
-    const real* dy, const real* x, const int* offsets, wide* dw, int E, int I, int O, i64 dy_step, i64 x_step)
-{
-    BACKWARD_W(128, 3);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_backward_w_256(
-    const real* dy, const real* x, const int* offsets, wide* dw, int E, int I, int O, i64 dy_step, i64 x_step)
-{
-    BACKWARD_W(256, 4);
-}
