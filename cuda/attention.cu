@@ -251,7 +251,7 @@ extern "C" __global__ void attention_backward_kv(
 // Bytes: the cache once for each query head of a group, from L2 after the first.
 constexpr int WARPS = 16, LANE_CHANNELS = 256 / 32;
 
-extern "C" __global__ void attention_step(
+extern "C" __global__ void __launch_bounds__(512) attention_step(
     const real* q, const real* k, const real* v, real* o, int count, const int* counted, int S, int H, int G, int D,
     wide scale)
 {
@@ -265,6 +265,7 @@ extern "C" __global__ void attention_step(
         query[i] = c < D ? (wide)q[((i64)b * H + h) * D + c] : 0;
         sum[i] = 0;
     }
+#pragma unroll 4  // several slots are on their way at once
     for (int slot = warp; slot < count; slot += WARPS) {
         const i64 at = (((i64)b * S + slot) * G + g) * D;
         wide score = 0;

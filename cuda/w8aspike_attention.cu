@@ -74,7 +74,7 @@ extern "C" __global__ void store_token_int8(
 constexpr int WARPS = 16, LANE_CHANNELS = 256 / 32;
 
 // q (B,1,H,D), qv (B,1,H) over the first `count` slots of k, v (B,S,G,D), ku, vu (B,S,G) -> o (B,1,H,D).
-extern "C" __global__ void attention_step_int8(
+extern "C" __global__ void __launch_bounds__(512) attention_step_int8(
     const int16* q, const float* qv, const int8* k, const float* ku, const int8* v, const float* vu, float* o, int count,
     const int* counted, int S, int H, int G, int D, float scale)
 {
@@ -89,6 +89,7 @@ extern "C" __global__ void attention_step_int8(
         query[i] = lane() + 32 * i < D ? q[head * D + lane() + 32 * i] : 0;
         sum[i] = 0;
     }
+#pragma unroll 4  // several slots are on their way at once
     for (int slot = warp; slot < count; slot += WARPS) {
         const i64 unit = ((i64)b * S + slot) * G + g, at = unit * D;
         int product = 0;
