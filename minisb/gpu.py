@@ -170,15 +170,18 @@ class Gpu(Launcher):
         memory = self.cupy.cuda.alloc_pinned_memory(count * dtype.itemsize)
         return np.frombuffer(memory, dtype, count).reshape(shape)
 
-    @staticmethod
-    def upload(to, pinned):
+    def upload(self, to, pinned):
         """Begin to copy from a pinned array to one of the GPU, of as many bytes."""
-        to.data.copy_from_host_async(pinned.ctypes.data, to.nbytes)
+        self._copy(to.data.ptr, pinned.ctypes.data, to.nbytes, "memcpyHostToDevice")
 
-    @staticmethod
-    def download(pinned, array):
+    def download(self, pinned, array):
         """The other way."""
-        array.data.copy_to_host_async(pinned.ctypes.data, array.nbytes)
+        self._copy(pinned.ctypes.data, array.data.ptr, array.nbytes, "memcpyDeviceToHost")
+
+    def _copy(self, to: int, source: int, size: int, kind: str):
+        """CuPy's arrays refuse to copy while a graph is recorded, as memory that is not pinned could not be."""
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpyAsync(to, source, size, getattr(runtime, kind), self.cupy.cuda.get_current_stream().ptr)
 
     @contextlib.contextmanager
     def stream(self):
