@@ -134,12 +134,16 @@ class Gpu(Launcher):
         self.shared_bytes = self.device.attributes["MaxSharedMemoryPerBlockOptin"]
         self._null = np.uintp(0)
         self._cubins = {}  # (file stem, element type) -> path
+        self._families, self._element = set(), None  # those that are compiled; the type of the first kernel
 
     def load(self, stem: str, element: str) -> dict:
-        """The process's first kernel brings all files that go with its element type: compiled side by side, they take
-        little longer.  Whatever else is needed comes a file at a time."""
-        if not self._cubins:
-            self._compile(kernels.first_files(element, self.target))
+        """The first kernel of a family brings all its files that go with the process's element type: compiled side by
+        side, they take little longer.  Whatever else is needed comes a file at a time."""
+        family = kernels.family(stem)
+        self._element = self._element or element
+        if family not in self._families:
+            self._families.add(family)
+            self._compile(kernels.first_files(self._element, self.target, family))
         if (stem, element) not in self._cubins:
             self._compile([(stem, element)])
         module = self.cupy.RawModule(path=str(self._cubins[stem, element]))

@@ -38,6 +38,8 @@ ARCHITECTURES = {
 }
 #: Files that a run in two bytes uses in float32 too: plans, sums, the loss, the optimizer's step.
 MIXED = ("adamw", "cross_entropy", "moe", "moe_plan", "reduce", "sinks")
+#: Files whose names begin so are of use to some models only, and wait for the first of them.
+SPECIAL = ("moe", "w8aspike")
 COMMON, TENSOR_CORES = "common.cuh", "tensor_cores.cuh"
 #: Profilers want to know the line of every instruction; that costs a tenth of the compiler's time.
 OPTIONS = ("--std=c++17", *(["-lineinfo"] if os.environ.get("MINISB_NVTX") else []))
@@ -231,10 +233,16 @@ def cubin(compiler, stem: str, element: str, target: str) -> Path:
     return path
 
 
-def first_files(element: str, target: str) -> list[tuple[str, str]]:
-    """(File stem, element type) of what a process may need that computes in `element`."""
-    own = [(stem, element) for stem in files() if has_code(stem, element, target)]
-    return own + [(stem, "float32") for stem in MIXED if element in HALVES and stem in files()]
+def family(stem: str) -> str:
+    """Which of SPECIAL a file belongs to; "" for what every model needs."""
+    return next((name for name in SPECIAL if stem.startswith(name)), "")
+
+
+def first_files(element: str, target: str, kind: str = "") -> list[tuple[str, str]]:
+    """(File stem, element type) of what a process may need of a family that computes in `element`."""
+    stems = [stem for stem in files() if family(stem) == kind]
+    own = [(stem, element) for stem in stems if has_code(stem, element, target)]
+    return own + [(stem, "float32") for stem in MIXED if element in HALVES and stem in stems]
 
 
 def compile_files(compiler, wanted, target: str) -> dict[tuple[str, str], Path]:

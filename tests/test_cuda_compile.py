@@ -94,6 +94,7 @@ def test_machine_code_is_compiled_once_and_anew_after_any_change(folder):
 def test_what_has_code_of_its_own(folder):
     hopper = '#include "hopper.cuh"\nreal x'
     texts = {"plain": "real x", "halves_fast": "real x", "hopper": hopper, "ints": "int x // real"}
+    (folder / "moe_thing.cu").write_text('real x;\nextern "C" __global__ void moe_thing(int n)\n{\n}\n')
     for stem, text in texts.items():
         (folder / f"{stem}.cu").write_text(f'{text};\nextern "C" __global__ void {stem}(int n)\n{{\n}}\n')
     (folder / "twice.cu").unlink()
@@ -108,6 +109,7 @@ def test_what_has_code_of_its_own(folder):
         of_hopper = element in kernels.HALVES and target == "sm_90a"
         assert stems == ["plain"] + fast * ["halves_fast"] + of_hopper * ["hopper"] + (element == "float32") * ["ints"]
     assert kernels.first_files("float16", "sm_75") == [("plain", "float16")]
+    assert kernels.first_files("float16", "sm_75", "moe") == [("moe_thing", "float16")]
 
 
 def test_what_is_compiled_without_being_asked(folder):
