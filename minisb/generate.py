@@ -28,22 +28,24 @@ def sample_token(logits, rng, temperature: float = 0.8, top_k: int | None = None
         raise MinisbError("the model's logits are not finite: this checkpoint is damaged or its training diverged.")
     if temperature == 0:
         return int(logits.argmax())
-    ids = np.arange(logits.size)
+    ids = None  # of what is left, once something is left out
     if top_k is not None and top_k < logits.size:
         ids = np.argpartition(logits, -top_k)[-top_k:]
-    p = np.exp((logits[ids] - top) / temperature)
+    p = (logits if ids is None else logits[ids]) - top
+    p /= temperature
+    np.exp(p, out=p)
     if top_p < 1:
         # Sorting a whole vocabulary takes longer than a step on a GPU.  Tokens this unlikely hold together at most
         # half of what top-p leaves out, so none of them is kept.
         total = p.sum()
-        likely = p > (1 - top_p) * total / (2 * p.size)
-        ids, p = ids[likely], p[likely]
-        likely_first = np.argsort(-p, kind="stable")
+        likely = np.flatnonzero(p > (1 - top_p) * total / (2 * p.size))
+        likely_first = likely[np.argsort(-p[likely], kind="stable")]
         before = np.cumsum(p[likely_first]) - p[likely_first]
         kept = likely_first[before < top_p * total]  # the first is always in: nothing is before it
-        ids, p = ids[kept], p[kept]
+        ids, p = kept if ids is None else ids[kept], p[kept]
     cumulative = np.cumsum(p)
-    return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+    place = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+    return int(place if ids is None else ids[place])
 
 
 def generate(

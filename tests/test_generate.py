@@ -82,6 +82,26 @@ def test_top_p_counts_within_top_k():
     assert (found > 0).tolist() == [False, True, False, False]
 
 
+@pytest.mark.parametrize("top_k", [None, 40])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 1 - 1e-12])
+def test_top_p_is_as_if_everything_were_sorted(top_k, top_p):
+    """Equal logits too, and distributions from flat to sharp."""
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        logits = np.round(rng.standard_normal(300) * (0.1, 1, 3, 9)[n % 4], n % 3)
+        order = np.argsort(-logits, kind="stable")[:top_k]
+        p = np.exp((logits[order] - logits.max()) / 0.8)
+        kept = order[np.cumsum(p) - p < top_p * p.sum()]
+        drawn = {sample_token(logits, rng, 0.8, top_k, top_p) for _ in range(60)}
+        assert logits[list(drawn)].min() >= logits[kept[-1]]
+        if top_k is None:  # of equal logits the first come first; argpartition keeps no order
+            assert drawn <= set(kept.tolist())
+            q = p[: len(kept)] / p[: len(kept)].sum()
+            place = np.random.default_rng(n)
+            want = kept[np.searchsorted(np.cumsum(q), place.random(), side="right")]
+            assert sample_token(logits, np.random.default_rng(n), 0.8, top_k, top_p) == want
+
+
 def test_a_long_tail_keeps_its_share():
     """50,000 tokens of probability e^-11 each hold nearly half of all probability."""
     logits = np.full(50_000, -11.0, np.float32)
