@@ -84,6 +84,8 @@ def tokens_of(config, batch, length):
 @pytest.mark.parametrize("spike", [False, True, ("k", "up")], ids=str)
 def test_a_recorded_step_has_the_bits_of_a_step(cuda, config, spike):
     """Three windows, and a prefill in between, which leaves other arrays in the state."""
+    if cuda.xp is np and spike is not (config is not CONFIGS["two experts a token"]):
+        pytest.skip("in emulation each layout one way: with spikes, the last one without")
     model = model_of(config, cuda)
     assert can_record(model)
     compare(model, tokens_of(config, 1, 3 * W + 3), spike, 2, slice(8, 11))
@@ -91,6 +93,8 @@ def test_a_recorded_step_has_the_bits_of_a_step(cuda, config, spike):
 
 @every_config
 def test_of_an_int8_model(cuda, config):
+    if cuda.xp is np and config is CONFIGS["shared, low-rank gate"]:
+        pytest.skip("takes too long in emulation")
     if config.mixers == ("window",):
         config = replace(config, qkv_bias=False)
     compare(int8_model(config, cuda), tokens_of(config, 1, 2 * W), False, 2, slice(5, 7))
