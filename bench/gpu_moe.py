@@ -1,15 +1,14 @@
-"""One product per expert on one GPU in bfloat16: TFLOP/s by kernel and tile, and the rest of the layer.
+"""One product per expert on one GPU in bfloat16: milliseconds and TFLOP/s, and the rest of the layer.
 
-    python bench/gpu_moe.py [--variants]
+    python bench/gpu_moe.py [--without]
 
 16,384 tokens, 16 experts, top-1, C 1024, F 2816: forward (O,I) = (2816,1024) and its backward, dx and dw.  First
-the kernels for every GPU in three choices of tile, then those for Hopper in tiles of 128 and 256 columns, with the
-share of what cuBLAS reaches on a product of as many operations without experts; results unlike the first kernel's are
-marked WRONG.  Then both with equal loads and with few tokens, and everything around the products, with the share of
-what a copy moves a second.  Loads are uneven: expert e has about e + 1 shares of the tokens.  Median of 20 between
-CUDA events.
+the kernels for every GPU in two choices of tile, then Hopper's own, with the share of what cuBLAS reaches on a product
+of as many operations without experts; results unlike the first kernel's are marked WRONG.  Then the same with equal
+loads and with few tokens, and everything around the products, with the share of what a copy moves a second.  Loads are
+uneven: expert e has about e + 1 shares of the tokens.  Median of 20 between CUDA events, with a cold cache.
 
---variants: Hopper's kernels changed in one place each; those in capitals leave work out to show where time goes.
+--without: Hopper's kernels with a part left out; what remains shows where time goes.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import argparse
 import json
 import re
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 
@@ -40,28 +37,15 @@ from minisb.ops.sinks import sinks_backward, sinks_forward  # noqa: E402
 from minisb.ops.w8aspike import w8aspike_grouped, w8aspike_linear  # noqa: E402
 
 N, E, C, F = 16384, 16, 1024, 2816
-TILES = launchers.Fast(), launchers.Fast(depth=64, stages=3), launchers.Fast(depth=64, stages=2)
-COLUMNS = dict(launchers.HOPPER_COLUMNS)
-#: Label -> changes of cuda/moe_hopper*.cu: what, and what instead.  Those in capitals leave something out.
-VARIANTS = {
-    "a stage less": [(r"all_experts<256, 4>", "all_experts<256, 3>"), (r"all_experts<128, 3>", "all_experts<128, 2>")],
-    "bands of 4": [(r"BAND = 16", "BAND = 4")],
-    "no bands": [(r"BAND = 16", "BAND = 1 << 20")],
-    "8 copies at once": [(r"#pragma unroll 4\n", "#pragma unroll 8\n")],
-    "each copy is awaited": [
-        (
-            r"barrier_arrive_behind_copies\(memory",
-            "copies_issued(); copies_arrived(); show_products(); barrier_arrive(memory",
-        ),
-        (r"\n            show_products\(\);", ""),
-    ],
-    "no fence before products": [(r"\n            show_products\(\);", "")],
-    "no tile is cut": [(r"2 \* left <= gridDim.x", "false")],
-    "sums not asked for": [(r"\n        ask_for<COLUMNS>\(tile\);", "")],
-    "NO COPIES": [(r"\n            Products::(Left|Right)::bring[^;]+;", "")],
-    "NO PRODUCTS": [(r"\n                products_of<[^;]+;", ";")],
-    "NO RESULTS": [(r"\n        store_sums\(walk.tile, row, sum\);", "\n        hold(sum);")],
+PRODUCTS = "forward", "backward_x", "backward_w"
+TILES = launchers.Fast(), launchers.Fast(depth=64, stages=2)
+#: Part of cuda/moe_hopper.cu -> where it is, and what instead.
+PARTS = {
+    "copies": (r"\n            Products::(Left|Right)::bring[^;]+;", ""),
+    "products": (r"\n                products_of<[^;]+;", ";"),
+    "results": (r"\n        store_sums\(walk.tile, row, sum\);", "\n        hold(sum);"),
 }
+HOPPER = launchers.HOPPER
 HALF = ml_dtypes.bfloat16
 
 
@@ -76,6 +60,13 @@ def chosen(tokens=N, equal=False):
     return cupy.asarray(experts[:, None].astype(np.int32))
 
 
+def fresh() -> CudaBackend:
+    """A backend that compiles anew what it launches, and nothing else."""
+    device = Gpu()
+    device._families.add("moe")
+    return CudaBackend(device)
+
+
 def backend_for(tile: launchers.Fast) -> CudaBackend:
     """A backend whose fast products are compiled for `tile`."""
     columns, depth, stages, warp_columns, _ = astuple(tile)
@@ -83,9 +74,7 @@ def backend_for(tile: launchers.Fast) -> CudaBackend:
     plain = (option for option in kernels.OPTIONS if not option.startswith("-DMOE_"))
     kernels.OPTIONS = (*plain, *(f"-DMOE_{name}={value}" for name, value in own.items()))
     launchers.FAST = tile
-    device = Gpu()
-    device._cubins["nothing", "bfloat16"] = None  # not the first: so only what is launched is compiled anew
-    return CudaBackend(device)
+    return fresh()
 
 
 class Problem:
@@ -114,7 +103,7 @@ class Problem:
 
     def results(self, be):
         self.dw = self.no_sums()
-        return {name: getattr(self, name)(be).astype("float32") for name in COLUMNS}
+        return {name: getattr(self, name)(be).astype("float32") for name in PRODUCTS}
 
     def measured(self, be, label, limit, expected=None):
         """Milliseconds of each product, printed; WRONG behind one that is not as expected."""
@@ -122,54 +111,30 @@ class Problem:
         for name, one in got.items():
             if not float(cupy.linalg.norm(one - expected[name])) < 5e-3 * float(cupy.linalg.norm(expected[name])):
                 wrong.add(name)
-        found = {}
-        for name in COLUMNS:
-            found[name] = milliseconds(lambda name=name: getattr(self, name)(be))
+        found = {name: milliseconds(lambda name=name: getattr(self, name)(be)) for name in PRODUCTS}
         text = ""
         for name, ms in found.items():
             rate = self.flops / ms / 1e9
             text += f"  {name} {ms:.3f} ms {rate:4.0f} ({rate / limit:.0%}){' WRONG' if name in wrong else ''}"
-        print(f"{label:<44}{text}", flush=True)
+        print(f"{label:<46}{text}", flush=True)
         return {**found, "wrong": sorted(wrong)}
 
 
-def on_hopper(columns):
-    """From here on in tiles of so many columns; none of Hopper's kernels with 0."""
-    launchers.HOPPER_COLUMNS = dict.fromkeys(COLUMNS, columns) if columns else {}
-
-
-def changed(be, columns, edits) -> bytes:
-    """The kernels for tiles of so many columns with `edits`, compiled."""
-    original = text = kernels.assembled(f"moe_hopper_{columns}")
-    for what, instead in edits:
-        text = re.sub(what, instead, text)
-    assert text != original, edits
-    options = (*kernels.OPTIONS, f"--gpu-architecture={be.device.target}", "-DREAL_bfloat16")
-    return be.device.compiler.compile(text, f"moe_hopper_{columns}.cu", options)[0]
-
-
-def variants(be, problem, limit, expected):
-    folder, ready, found = Path(tempfile.mkdtemp()), be.device._ready, {}
-    tasks = [(label, columns) for label in VARIANTS for columns in launchers.HOPPER]
-    with ThreadPoolExecutor(8) as pool:
-        built = list(pool.map(lambda task: changed(be, task[1], VARIANTS[task[0]]), tasks))
-    for (label, columns), cubin in zip(tasks, built, strict=True):
-        path = folder / f"{len(found)}.cubin"
-        path.write_bytes(cubin)
-        module = cupy.RawModule(path=str(path))
-        keys = [(name, np.dtype(HALF)) for (_, n), name in launchers.HOPPER_KERNELS.items() if n == columns]
-        usual = {key: ready[key] for key in keys}
-        ready.update({key: (module.get_function(key[0]), usual[key][1]) for key in keys})
-        on_hopper(columns)
-        name = f"{columns} columns, {label}"
-        found[name] = problem.measured(be, name, limit, None if label.isupper() else expected)
-        ready.update(usual)
+def without(problem, limit):
+    """Hopper's kernels with a part left out."""
+    whole, found = kernels.assembled, {}
+    for part, (what, instead) in PARTS.items():
+        text = re.sub(what, instead, whole("moe_hopper"))
+        assert text != whole("moe_hopper"), part
+        kernels.assembled = lambda _, text=text: text
+        found[part] = problem.measured(fresh(), f"wgmma without {part}", limit)
+    kernels.assembled = whole
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", action="store_true", help="time changed kernels for Hopper too")
+    parser.add_argument("--without", action="store_true", help="Hopper's kernels with a part left out too")
     args = parser.parse_args()
     be = CudaBackend(Gpu())
     print(be.device.describe())
@@ -178,23 +143,20 @@ def main():
     limit = problem.flops / dense / 1e9
     print(f"copy {reach:.0f} GB/s; cuBLAS, one matrix for all: {dense:.3f} ms, {limit:.0f} TFLOP/s")
     found = {"device": be.device.describe(), "copy_gb_s": reach, "cublas_tflop_s": limit, "tiles": {}}
-    on_hopper(0)
+    launchers.HOPPER = None
     expected = problem.results(be)
     for tile in TILES:
         if max(tile.shared(False, False), tile.shared(True, True)) > be.device.shared_bytes:
             continue
-        label = f"{tile.columns} columns, depth {tile.depth}, {tile.stages} stages, mma.sync"
+        label = f"128 x {tile.columns}, depth {tile.depth}, {tile.stages} stages, mma.sync"
         found["tiles"][label] = problem.measured(backend_for(tile), label, limit, expected)
     launchers.FAST = TILES[0]
+    launchers.HOPPER = HOPPER
     if be.device.target == "sm_90a":
-        for columns in launchers.HOPPER:
-            on_hopper(columns)
-            label = f"{columns} columns, wgmma"
-            found["tiles"][label] = problem.measured(be, label, limit, expected)
-        if args.variants:
-            found["variants"] = variants(be, problem, limit, expected)
+        found["wgmma"] = problem.measured(be, "128 x 256, wgmma", limit, expected)
+        if args.without:
+            found["without"] = without(problem, limit)
     found["loads"] = loads(be, limit)
-    launchers.HOPPER_COLUMNS = COLUMNS
     found["rest"] = {}
     plan = moe.dispatch_plan(be, chosen(), E)
     for name, (call, size) in around(be, problem.x, plan).items():
@@ -211,10 +173,11 @@ def loads(be, limit):
     for what, problem in {
         "equal loads": Problem(be, equal=True), "2,048 tokens": Problem(be, 2048), "128 tokens": Problem(be, 128),
     }.items():  # fmt: skip
-        for columns in (0, *(launchers.HOPPER if be.device.target == "sm_90a" else ())):
-            on_hopper(columns)
-            label = f"{what}, {f'{columns} columns, wgmma' if columns else 'mma.sync'}"
+        for hopper in (None, HOPPER) if be.device.target == "sm_90a" else (None,):
+            launchers.HOPPER = hopper
+            label = f"{what}, {'wgmma' if hopper else 'mma.sync'}"
             found[label] = problem.measured(be, label, limit)
+    launchers.HOPPER = HOPPER
     return found
 
 

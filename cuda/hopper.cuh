@@ -113,13 +113,6 @@ __device__ __forceinline__ void products(float (&sum)[8][4], const u32 (&a)[4], 
 // sum (64 x N) = a (64 x 16) b (16 x N) (+ sum), both described; a side that lies `across` is 16 rows of channels, of
 // which each is summed by itself, else it is described as rows of channels that are summed over.
 template <bool a_across, bool b_across>
-__device__ __forceinline__ void products_of(float (&sum)[16][4], u64 a, u64 b, bool add)
-{
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; " WGMMA("128") "{" TO_63 "}, %64, %65, p, 1, 1, %67, %68;}"
-                 : TILES_8(sum, 0), TILES_8(sum, 8)
-                 : "l"(a), "l"(b), "r"((int)add), "n"((int)a_across), "n"((int)b_across));
-}
-template <bool a_across, bool b_across>
 __device__ __forceinline__ void products_of(float (&sum)[32][4], u64 a, u64 b, bool add)
 {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0; " WGMMA("256") "{" TO_127 "}, %128, %129, p, 1, 1, %131, %132;}"
@@ -160,9 +153,6 @@ __device__ __forceinline__ void turn_pass(int name, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
-
-// The 128 bytes of memory around x come into L2.
-__device__ __forceinline__ void fetch_ahead(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
 
 // Sixteen bytes go to memory if they shall, without a branch.
 __device__ __forceinline__ void store_words(void* to, const u32 (&word)[4], bool shall)
@@ -212,6 +202,21 @@ __device__ __forceinline__ void product_into(float (&sum)[TILES][4], const u32 (
 {
 #pragma unroll
     for (int n = 0; n < STEPS; n++) products(sum, a[n], described(b + n * 2 * GROUP, 16 * STEPS * 128));
+}
+
+// Four neighbouring lanes exchange words: lane l gets word l of each.
+__device__ __forceinline__ void exchange(u32 (&word)[4])
+{
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+        const bool upper = lane() & step;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            u32 &low = word[step == 1 ? 2 * n : n], &high = word[step == 1 ? 2 * n + 1 : n + 2];
+            const u32 got = __shfl_xor_sync(FULL_WARP, upper ? low : high, step);
+            (upper ? low : high) = got;
+        }
+    }
 }
 
 // Which of the stages is used next, and in which parity of its rounds.

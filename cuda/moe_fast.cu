@@ -1,5 +1,5 @@
 // One matrix product per expert on tensor cores, in bfloat16 or float16 with sums in float (as moe_products.cu; ops/moe.py;
-// on Hopper moe_hopper*.cu).
+// on Hopper moe_hopper.cu).
 //
 //   forward   y_e  = x_e w_e^T             rows times (O,I): both sides' depth runs along memory
 //   backward  dx_e = dy_e w_e              the right side's depth runs across memory

@@ -505,7 +505,6 @@ inline void barrier_wait(unsigned long long* barrier, int parity)
     while ((((emulator::Barrier*)barrier)->phase & 1) == parity) emulator::yield();
 }
 
-inline void fetch_ahead(const void*) {}
 inline void store_words(void* to, const unsigned (&word)[4], bool shall)
 {
     if (shall) std::memcpy(to, word, sizeof word);

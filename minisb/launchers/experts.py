@@ -142,33 +142,19 @@ FAST = Fast()  # bench/gpu_moe.py times others
 
 @dataclass(frozen=True)
 class Hopper:
-    """How cuda/moe_hopper*.cu cut a product up: columns of a tile, slices in shared memory, blocks a multiprocessor."""
+    """How cuda/moe_hopper.cu cuts a product up: a tile, slices of it in shared memory."""
 
-    columns: int
-    stages: int
-    blocks: int
-    threads: int
     rows: int = 128
+    columns: int = 256
+    stages: int = 4
+    threads: int = 384
 
     def shared(self, E: int) -> int:
         """Memory in the source: from a multiple of 1024 on the stages, barriers, the order of the experts."""
         return 1024 + self.stages * (self.rows + self.columns) * 64 * 2 + 16 * self.stages + 4 * E
 
-    def grid(self, tiles: int) -> int:
-        return min(tiles, self.blocks * MULTIPROCESSORS)
 
-
-HOPPER = {128: Hopper(128, 3, 2, 320), 256: Hopper(256, 4, 1, 384)}
-#: Columns of a tile on a Hopper GPU; without an entry it takes what others do.  bench/gpu_moe.py times all.
-HOPPER_COLUMNS = {"forward": 256, "backward_x": 256, "backward_w": 256}
-HOPPER_KERNELS = {
-    ("forward", 128): "grouped_hopper_forward_128",
-    ("forward", 256): "grouped_hopper_forward_256",
-    ("backward_x", 128): "grouped_hopper_backward_x_128",
-    ("backward_x", 256): "grouped_hopper_backward_x_256",
-    ("backward_w", 128): "grouped_hopper_backward_w_128",
-    ("backward_w", 256): "grouped_hopper_backward_w_256",
-}
+HOPPER = Hopper()  # None: a Hopper GPU takes what others do
 
 
 def grouped_forward(be, x, w, offsets, out=None):
@@ -177,8 +163,8 @@ def grouped_forward(be, x, w, offsets, out=None):
     R = len(x.matrix)
     y = Rows(be.xp.empty((R, O), w.dtype) if out is None else out)
     arguments = x, w, int32(be, offsets), y, E, R, I, O, x.stride, y.stride
-    if hopper := _hopper(be, "forward", w, x, y):
-        _on_hopper(be, "forward", hopper, _row_tiles(O, R, E, hopper), E, w, arguments)
+    if _hopper(be, w, x, y):
+        _on_hopper(be, "grouped_hopper_forward", _row_tiles(O, R, E, HOPPER), w, arguments)
     elif _fast(be, w, x, y):
         how = _row_tiles(O, R, E, FAST), FAST.threads
         be.launch("grouped_fast_forward", w, *how, *arguments, shared=FAST.shared(False, False))
@@ -199,8 +185,8 @@ def grouped_backward(be, dy, x, w, offsets, dw, dx=None):
 def _backward_x(be, dy, w, offsets, dx, add):
     (E, O, I), R = w.shape, len(dx.matrix)
     arguments = dy, w, offsets, dx, add, E, R, I, O, dy.stride, dx.stride
-    if hopper := _hopper(be, "backward_x", w, dy, dx):
-        _on_hopper(be, "backward_x", hopper, _row_tiles(I, R, E, hopper), E, w, arguments)
+    if _hopper(be, w, dy, dx):
+        _on_hopper(be, "grouped_hopper_backward_x", _row_tiles(I, R, E, HOPPER), w, arguments)
     elif _fast(be, w, dy, dx):
         how = _row_tiles(I, R, E, FAST), FAST.threads
         be.launch("grouped_fast_backward_x", w, *how, *arguments, shared=FAST.shared(False, True))
@@ -211,10 +197,9 @@ def _backward_x(be, dy, w, offsets, dx, add):
 def _backward_w(be, dy, x, w, offsets, dw):
     E, O, I = w.shape
     sizes = I, O, dy.stride, x.stride
-    hopper = _hopper(be, "backward_w", w, dy, x)
-    if hopper and _address(dw) % 16 == 0:
-        tiles = _matrix_tiles(I, O, E, hopper)
-        _on_hopper(be, "backward_w", hopper, tiles, E, w, (dy, x, offsets, dw, E, *sizes))
+    if _hopper(be, w, dy, x) and _address(dw) % 16 == 0:
+        arguments = dy, x, offsets, dw, E, *sizes
+        _on_hopper(be, "grouped_hopper_backward_w", _matrix_tiles(I, O, E, HOPPER), w, arguments)
     elif _fast(be, w, dy, x):
         how = _matrix_tiles(I, O, E, FAST), FAST.threads
         be.launch("grouped_fast_backward_w", w, *how, dy, x, offsets, dw, *sizes, shared=FAST.shared(True, True))
@@ -222,17 +207,16 @@ def _backward_w(be, dy, x, w, offsets, dw):
         be.launch("grouped_backward_w", w, _matrix_tiles(I, O, E), (16, 16), dy, x, offsets, dw, *sizes)
 
 
-def _hopper(be, name: str, w, *matrices: Rows) -> Hopper | None:
-    """How cuda/moe_hopper*.cu take these, if they do."""
-    hopper = HOPPER.get(HOPPER_COLUMNS.get(name))
-    fits = hopper and be.device.target == "sm_90a" and hopper.shared(len(w)) <= be.device.shared_bytes // hopper.blocks
-    return hopper if fits and _fast(be, w, *matrices) else None
+def _hopper(be, w, *matrices: Rows) -> bool:
+    """Whether cuda/moe_hopper.cu is for these."""
+    fits = HOPPER and be.device.target == "sm_90a" and HOPPER.shared(len(w)) <= be.device.shared_bytes
+    return bool(fits) and _fast(be, w, *matrices)
 
 
-def _on_hopper(be, name: str, hopper: Hopper, tiles, E: int, w, arguments):
+def _on_hopper(be, kernel: str, tiles, w, arguments):
     """tiles: as many as there could be at most, in a grid of any shape."""
-    kernel, blocks = HOPPER_KERNELS[name, hopper.columns], hopper.grid(math.prod(tiles))
-    be.launch(kernel, w, blocks, hopper.threads, *arguments, shared=hopper.shared(E))
+    blocks = min(math.prod(tiles), MULTIPROCESSORS)
+    be.launch(kernel, w, blocks, HOPPER.threads, *arguments, shared=HOPPER.shared(len(w)))
 
 
 def _fast(be, w, *matrices: Rows) -> bool:

@@ -5,26 +5,27 @@
 //   backward  dx_e = dy_e w_e              the right side's depth runs across memory
 //             dw_e += dy_e^T x_e, float    both sides' depth, the expert's rows, runs across memory
 //
-// A tile is 128 rows by 128 or 256 columns of results.  A block's first two warpgroups have 64 of its rows each in
-// registers; warps behind them walk the depth in slices of 64, bring both sides of a slice into shared memory and run
-// ahead, into the next tile too: their copies report their arrival by themselves.  Nothing is transposed: the tensor
-// cores are told how a side lies.  Rows of a neighbouring expert are neither read nor written.
+// A tile is 128 x 256 results.  Two of a block's three warpgroups have 64 rows each in registers; the third walks the
+// depth in slices of 64, brings both sides of a slice into shared memory and runs ahead, into the next tile too: its
+// copies report their arrival by themselves.  Nothing is transposed: the tensor cores are told how a side lies.  Rows
+// of a neighbouring expert are neither read nor written.  I, O and all steps from row to row are multiples of 8, all
+// addresses of 16 bytes (launchers/experts.py).
 //
-// Blocks, as many as the multiprocessors hold (one of 256 columns, two of 128), walk the tiles of all experts, forward
-// and back by turns: first, last, last, first, ...  Tiles next to each other share columns of the right side; 16 rows
-// of tiles pass before the next 16 begin, so that either side's panels stay in L2.  Of dw the largest experts come
-// first, for a tile takes as long as its expert has rows.  The last tiles of forward and dx are cut in two (Walk).
+// Grid: a block of 384 threads for each multiprocessor, or each tile if there are fewer.  Blocks walk the tiles of all
+// experts, forward and back by turns: first, last, last, first, ...  Tiles next to each other share columns.  Of dw the
+// largest experts come first, for a tile takes as long as its expert has rows.  Last tiles of forward and dx are cut.
 //
 // At 16,384 rows, C 1024 and F 2816 over 16 experts a product is 94 GFLOP: 0.14 ms at 690 TFLOP/s.  Bytes from memory:
-// 34 + 92 + 92 MB (0.07 ms at 3.3 TB/s), for dw 34 + 92 and twice 185 MB (0.15 ms): its tiles are asked for while they
-// are computed.  From L2 a tile of 128 x 256 takes 48 kB for each 4.2 MFLOP: 5.8 TB/s at 500 TFLOP/s.
-//
-// I, O and all steps from row to row are multiples of 8, all addresses of 16 bytes (launchers/experts.py).
-#pragma once
+// 34 + 92 + 92 MB (0.07 ms at 3.3 TB/s), for dw 34 + 92 and twice 185 MB (0.15 ms).  From L2 a tile takes 48 kB for
+// each 4.2 MFLOP: 5.8 TB/s at 500 TFLOP/s.  H100: forward 0.182 ms (518 TFLOP/s), dx 0.195 (485), dw 0.249 (380); one
+// cuBLAS product of as many operations 0.133 (710); moe_fast.cu 0.461, 0.595 and 0.530.  More in NOTES.md.
 
-constexpr int ROWS = 128, DEPTH = 64;
-constexpr int CONSUMERS = 256;  // threads
-constexpr int BAND = 16;        // tiles down that pass before the next ones begin
+#include "tensor_cores.cuh"
+#include "hopper.cuh"
+
+constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64, STAGES = 4;
+constexpr int CONSUMERS = 256, PRODUCERS = 128;  // threads
+constexpr int SUMS = COLUMNS / 8;                // fours of sums in a thread
 
 #if HOPPER
 // One side of a product from its tile's first row (or column) on: `count` of them are there, `step` numbers lie between
@@ -37,17 +38,17 @@ struct Side {
 
 // How a slice of a side lies in shared memory: lines of DEPTH numbers, one for each of SIZE rows, or, `across`, DEPTH
 // lines of SIZE numbers.
-template <int SIZE, bool across, int THREADS>
+template <int SIZE, bool across>
 struct Slice {
     static constexpr bool ACROSS = across;
     static constexpr int BYTES = SIZE * DEPTH * 2;
 
-    // THREADS threads bring it from depth `at` on, of which `depth` are there; zeros beyond.
+    // All producers bring it from depth `at` on, of which `depth` are there; zeros beyond.
     static __device__ __forceinline__ void bring(char* to, const Side& side, int at, int depth)
     {
         constexpr int LINES = across ? DEPTH : SIZE, PIECES = (across ? SIZE : DEPTH) / 8;
-        constexpr int LINES_A_ROUND = THREADS / PIECES;
-        const int thread = threadIdx.x % THREADS, piece = thread % PIECES, first = thread / PIECES;
+        constexpr int LINES_A_ROUND = PRODUCERS / PIECES;
+        const int thread = threadIdx.x % PRODUCERS, piece = thread % PIECES, first = thread / PIECES;
         const bool any = across ? 8 * piece < side.count : at + 8 * piece < depth;
         const int lines = any ? (across ? depth - at : side.count) : 0;
         const real* from = side.x + (across ? at * side.step : at) + first * side.step + 8 * piece;
@@ -67,10 +68,6 @@ struct Slice {
     }
 };
 
-// Threads that bring slices.
-template <int COLUMNS>
-constexpr int PRODUCERS = COLUMNS == 256 ? 128 : 64;
-
 // A tile: its sides, the depth that they share, and where its results go; left.count rows, right.count columns of them.
 template <typename number>
 struct Tile {
@@ -81,27 +78,15 @@ struct Tile {
     bool add;
 };
 
-// Which tile of `down` x `along` the one of this index is.
-struct Place {
-    int row, column;
-    __device__ Place(int index, int down, int along)
-    {
-        const int band = index / (BAND * along), within = index % (BAND * along);
-        const int height = down - band * BAND < BAND ? down - band * BAND : BAND;
-        row = band * BAND + within % height;
-        column = within / height;
-    }
-};
-
 __device__ inline int tiles_in(int count, int size) { return (count + size - 1) / size; }
 
 // y (R,O) = x (R,I) times the expert's matrix, (E,O,I), or (E,I,O) if `across`, whose I is what forward calls O.
-template <int COLUMNS, bool across>
+template <bool across>
 struct RowsTimesMatrix {
     typedef real number;
     static constexpr bool EVEN = true;  // tiles take equally long
-    typedef Slice<ROWS, false, PRODUCERS<COLUMNS>> Left;
-    typedef Slice<COLUMNS, across, PRODUCERS<COLUMNS>> Right;
+    typedef Slice<ROWS, false> Left;
+    typedef Slice<COLUMNS, across> Right;
     const real *x, *w;
     const int* offsets;
     real* y;
@@ -112,13 +97,12 @@ struct RowsTimesMatrix {
     // Behind the experts comes nobody, whose rows become zeros.
     __device__ int experts() const { return add ? E : E + 1; }
     __device__ int expert(int n, const int*) const { return n; }
-    __device__ int along() const { return tiles_in(O, COLUMNS); }
     __device__ int count(int e) const { return (e < E ? offsets[e + 1] : R) - offsets[e]; }
-    __device__ int tiles(int e) const { return tiles_in(count(e), ROWS) * along(); }
+    __device__ int tiles(int e) const { return tiles_in(count(e), ROWS) * tiles_in(O, COLUMNS); }
     __device__ Tile<real> tile(int e, int index) const
     {
-        const Place place(index, tiles_in(count(e), ROWS), along());
-        const int first = place.row * ROWS, rows = count(e) - first, column = place.column * COLUMNS;
+        const int down = tiles_in(count(e), ROWS), first = index % down * ROWS, column = index / down * COLUMNS;
+        const int rows = count(e) - first;
         const i64 row = offsets[e] + first;
         const real* matrix = w + (i64)(e < E ? e : 0) * O * I;
         return {{x + row * x_step, x_step, rows < ROWS ? rows : ROWS},
@@ -128,12 +112,11 @@ struct RowsTimesMatrix {
 };
 
 // dw (E,O,I) += dy^T x of each expert's rows.
-template <int COLUMNS>
 struct Matrices {
     typedef wide number;
     static constexpr bool EVEN = false;
-    typedef Slice<ROWS, true, PRODUCERS<COLUMNS>> Left;
-    typedef Slice<COLUMNS, true, PRODUCERS<COLUMNS>> Right;
+    typedef Slice<ROWS, true> Left;
+    typedef Slice<COLUMNS, true> Right;
     const real *dy, *x;
     const int* offsets;
     wide* dw;
@@ -156,12 +139,10 @@ struct Matrices {
     __device__ int experts() const { return E; }
     __device__ int expert(int n, const int* order) const { return order[n]; }
     __device__ int count(int e) const { return offsets[e + 1] - offsets[e]; }
-    __device__ int along() const { return tiles_in(I, COLUMNS); }
-    __device__ int tiles(int e) const { return count(e) ? tiles_in(O, ROWS) * along() : 0; }
+    __device__ int tiles(int e) const { return count(e) ? tiles_in(O, ROWS) * tiles_in(I, COLUMNS) : 0; }
     __device__ Tile<wide> tile(int e, int index) const
     {
-        const Place place(index, tiles_in(O, ROWS), along());
-        const int row = place.row * ROWS, column = place.column * COLUMNS;
+        const int down = tiles_in(O, ROWS), row = index % down * ROWS, column = index / down * COLUMNS;
         const i64 first = offsets[e];
         return {{dy + first * dy_step + row, dy_step, O - row < ROWS ? O - row : ROWS},
                 {x + first * x_step + column, x_step, I - column},
@@ -199,28 +180,22 @@ struct Walk {
             const int e = products.expert(n, order), tiles = products.tiles(e);
             if (index < before + tiles) {
                 tile = products.tile(e, index - before);
-                if (cut) keep(half);
+                if (cut) {
+                    const int rows = tile.left.count - half;
+                    if (rows <= 0) tile.depth = 0;
+                    tile.left.count = rows < 64 ? rows : 64;
+                    tile.left.x += half * tile.left.step;
+                    tile.to += half * tile.step;
+                }
                 return true;
             }
             before += tiles;
         }
         return false;
     }
-
-private:
-    // Of the tile only 64 rows from `first` on, if there are any.
-    __device__ void keep(int first)
-    {
-        const int rows = tile.left.count - first;
-        if (rows <= 0) tile.depth = 0;
-        tile.left.count = rows <= 0 ? 0 : rows < 64 ? rows : 64;
-        tile.left.x += first * tile.left.step;
-        tile.to += first * tile.step;
-    }
 };
 
 // Shared memory: STAGES slices of both sides, barriers, and behind them the order of E experts.
-template <int COLUMNS, int STAGES>
 struct Memory {
     static constexpr int STAGE = (ROWS + COLUMNS) * DEPTH * 2;
     static constexpr int BYTES = 1024 + STAGES * STAGE + 16 * STAGES;  // 1024: to align
@@ -233,41 +208,21 @@ struct Memory {
         here = (u64*)(stages + STAGES * STAGE);
         free = here + STAGES;
         order = (int*)(free + STAGES);
-    }
-    __device__ void begin() const
-    {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_begin(here + i, PRODUCERS<COLUMNS>);
+        for (int i = 0; i < STAGES && threadIdx.x == 0; i++) {
+            barrier_begin(here + i, PRODUCERS);
             barrier_begin(free + i, CONSUMERS / 32);
         }
     }
 };
 
-// Sums that results are added to are on their way into L2 while the tile is computed.
-template <int COLUMNS>
-__device__ inline void ask_for(const Tile<real>&)
-{
-}
-template <int COLUMNS>
-__device__ inline void ask_for(const Tile<wide>& tile)
-{
-    constexpr int LINE = COLUMNS / 32, THREADS = PRODUCERS<COLUMNS>;
-#pragma unroll 1
-    for (int i = threadIdx.x % THREADS; i < tile.left.count * LINE; i += THREADS) {
-        const int c = i % LINE * 32;
-        if (c < tile.right.count) fetch_ahead(tile.to + i / LINE * tile.step + c);
-    }
-}
-
-template <class Products, int COLUMNS, int STAGES>
-__device__ __forceinline__ void producer(const Products& products, const Memory<COLUMNS, STAGES>& memory)
+template <class Products>
+__device__ __forceinline__ void producer(const Products& products, const Memory& memory)
 {
     Turn<STAGES> turn;
     for (Walk<Products> walk(products, memory.order); walk.next();) {
         const auto& tile = walk.tile;
-        ask_for<COLUMNS>(tile);
         for (int at = 0; at < tile.depth; at += DEPTH, turn.next()) {
-            char* stage = memory.stages + turn.stage * Memory<COLUMNS, STAGES>::STAGE;
+            char* stage = memory.stages + turn.stage * Memory::STAGE;
             barrier_wait(memory.free + turn.stage, turn.parity ^ 1);
             Products::Left::bring(stage, tile.left, at, tile.depth);
             Products::Right::bring(stage + Products::Left::BYTES, tile.right, at, tile.depth);
@@ -278,24 +233,8 @@ __device__ __forceinline__ void producer(const Products& products, const Memory<
     copies_arrived();  // a block must not end before them
 }
 
-// Four neighbouring lanes exchange words: lane l gets word l of each.
-__device__ __forceinline__ void exchange(u32 (&word)[4])
-{
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-        const bool upper = lane() & step;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            u32 &low = word[step == 1 ? 2 * n : n], &high = word[step == 1 ? 2 * n + 1 : n + 2];
-            const u32 got = __shfl_xor_sync(FULL_WARP, upper ? low : high, step);
-            (upper ? low : high) = got;
-        }
-    }
-}
-
 // A warp's sixteen rows from `row` on, rounded, 16 bytes a lane and 64 bytes of a row at once.
-template <int TILES>
-__device__ __forceinline__ void store_sums(const Tile<real>& tile, int row, float (&sum)[TILES][4])
+__device__ __forceinline__ void store_sums(const Tile<real>& tile, int row, float (&sum)[SUMS][4])
 {
     const int q = lane() % 4;
 #pragma unroll
@@ -305,14 +244,14 @@ __device__ __forceinline__ void store_sums(const Tile<real>& tile, int row, floa
         real* to = tile.to + r * tile.step;
         if (tile.add)
 #pragma unroll
-            for (int j = 0; j < TILES; j++)
+            for (int j = 0; j < SUMS; j++)
                 if (8 * j < columns) {
                     const float2 before = unpack(*(const u32*)(to + 8 * j + 2 * q));
                     sum[j][2 * half] += before.x;
                     sum[j][2 * half + 1] += before.y;
                 }
 #pragma unroll
-        for (int j = 0; j < TILES; j += 4) {
+        for (int j = 0; j < SUMS; j += 4) {
             u32 word[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) word[i] = pack(sum[j + i][2 * half], sum[j + i][2 * half + 1]);
@@ -322,24 +261,10 @@ __device__ __forceinline__ void store_sums(const Tile<real>& tile, int row, floa
     }
 }
 
-template <int COLUMNS>
-__device__ inline void clear(const Tile<real>& tile, int row)
-{
-#pragma unroll 1
-    for (int r = row + lane() / 4; r < row + 16 && r < tile.left.count; r += 8)
-        for (int c = lane() % 4 * 8; c < COLUMNS && c < tile.right.count; c += 32)
-            *(int4*)(tile.to + r * tile.step + c) = int4{};
-}
-template <int COLUMNS>
-__device__ inline void clear(const Tile<wide>&, int)
-{
-}
-
 // The same added to numbers in float: those of several columns are asked for before the first is awaited.
-template <int TILES>
-__device__ __forceinline__ void store_sums(const Tile<wide>& tile, int row, float (&sum)[TILES][4])
+__device__ __forceinline__ void store_sums(const Tile<wide>& tile, int row, float (&sum)[SUMS][4])
 {
-    constexpr int AT_ONCE = TILES / 4;
+    constexpr int AT_ONCE = SUMS / 4;
     const int odd = lane() % 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -347,7 +272,7 @@ __device__ __forceinline__ void store_sums(const Tile<wide>& tile, int row, floa
         const int columns = r < tile.left.count ? tile.right.count : 0;
         wide* to = tile.to + r * tile.step + column;
 #pragma unroll
-        for (int first = 0; first < TILES; first += 2 * AT_ONCE) {
+        for (int first = 0; first < SUMS; first += 2 * AT_ONCE) {
             float4 x[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
@@ -370,8 +295,19 @@ __device__ __forceinline__ void store_sums(const Tile<wide>& tile, int row, floa
     }
 }
 
-template <class Products, int COLUMNS, int STAGES>
-__device__ __forceinline__ void consumer(const Products& products, const Memory<COLUMNS, STAGES>& memory, int half)
+// Nobody's rows become zeros, sixteen of them from `row` on.
+template <typename number>
+__device__ inline void clear(const Tile<number>& tile, int row)
+{
+    constexpr int PIECE = 16 / sizeof(number);
+#pragma unroll 1
+    for (int r = row + lane() / 4; r < row + 16 && r < tile.left.count; r += 8)
+        for (int c = lane() % 4 * PIECE; c < COLUMNS && c < tile.right.count; c += 4 * PIECE)
+            *(int4*)(tile.to + r * tile.step + c) = int4{};
+}
+
+template <class Products>
+__device__ __forceinline__ void consumer(const Products& products, const Memory& memory, int half)
 {
     typedef typename Products::Left Left;
     typedef typename Products::Right Right;
@@ -379,7 +315,8 @@ __device__ __forceinline__ void consumer(const Products& products, const Memory<
     Turn<STAGES> turn;
     for (Walk<Products> walk(products, memory.order); walk.next();) {
         const int slices = tiles_in(walk.tile.depth, DEPTH);
-        if (first >= walk.tile.left.count) {  // no rows here: only say so
+        if (!slices) clear(walk.tile, row);
+        if (!slices || first >= walk.tile.left.count) {  // no products here: only say so
 #pragma unroll 1
             for (int s = 0; s < slices; s++, turn.next()) {
                 barrier_wait(memory.here + turn.stage, turn.parity);
@@ -388,20 +325,16 @@ __device__ __forceinline__ void consumer(const Products& products, const Memory<
             }
             continue;
         }
-        if (!slices) {
-            clear<COLUMNS>(walk.tile, row);
-            continue;
-        }
-        float sum[COLUMNS / 8][4];
+        float sum[SUMS][4];
         auto slice = [&](bool begun) {
-            const char *left = memory.stages + turn.stage * Memory<COLUMNS, STAGES>::STAGE, *right = left + Left::BYTES;
+            const char *left = memory.stages + turn.stage * Memory::STAGE, *right = left + Left::BYTES;
             barrier_wait(memory.here + turn.stage, turn.parity);
             show_products();
             hold(sum);
             order();
 #pragma unroll
             for (int k = 0; k < DEPTH; k += 16)
-                products_of<Products::Left::ACROSS, Products::Right::ACROSS>(
+                products_of<Left::ACROSS, Right::ACROSS>(
                     sum, Left::at(left, first, k), Right::at(right, 0, k), begun || k > 0);
             issued();
         };
@@ -422,21 +355,45 @@ __device__ __forceinline__ void consumer(const Products& products, const Memory<
     }
 }
 
-template <int COLUMNS, int STAGES, class Products>
+template <class Products>
 __device__ __forceinline__ void all_experts(const Products& products)
 {
     SHARED_MEMORY(dynamic);
-    const Memory<COLUMNS, STAGES> memory(dynamic);
-    if (threadIdx.x == 0) memory.begin();
+    const Memory memory(dynamic);
     products.begin(memory.order);
     __syncthreads();
     const int role = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
     if (role == CONSUMERS / 128) {
-        if constexpr (COLUMNS == 256) fewer_registers<56>();
+        fewer_registers<56>();
         producer(products, memory);
     } else {
-        if constexpr (COLUMNS == 256) more_registers<224>();
+        more_registers<224>();
         consumer(products, memory, role);
     }
 }
 #endif
+
+extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_forward(
+    const real* x, const real* w, const int* offsets, real* y, int E, int R, int I, int O, i64 x_step, i64 y_step)
+{
+#if HOPPER
+    all_experts(RowsTimesMatrix<false>{x, w, offsets, y, 0, E, R, I, O, x_step, y_step});
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_backward_x(
+    const real* dy, const real* w, const int* offsets, real* dx, int add, int E, int R, int I, int O, i64 dy_step,
+    i64 dx_step)
+{
+#if HOPPER
+    all_experts(RowsTimesMatrix<true>{dy, w, offsets, dx, add, E, R, O, I, dy_step, dx_step});
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) grouped_hopper_backward_w(
+    const real* dy, const real* x, const int* offsets, wide* dw, int E, int I, int O, i64 dy_step, i64 x_step)
+{
+#if HOPPER
+    all_experts(Matrices{dy, x, offsets, dw, E, I, O, dy_step, x_step});
+#endif
+}
