@@ -17,8 +17,8 @@
 //
 // At 16,384 rows, C 1024 and F 2816 over 16 experts a product is 94 GFLOP: 0.14 ms at 690 TFLOP/s.  Bytes from memory:
 // 34 + 92 + 92 MB (0.07 ms at 3.3 TB/s), for dw 34 + 92 and twice 185 MB (0.15 ms).  From L2 a tile takes 48 kB for
-// each 4.2 MFLOP: 5.8 TB/s at 500 TFLOP/s.  H100: forward 0.182 ms (518 TFLOP/s), dx 0.195 (485), dw 0.249 (380); one
-// cuBLAS product of as many operations 0.133 (710); moe_fast.cu 0.461, 0.595 and 0.530.  More in NOTES.md.
+// each 4.2 MFLOP: 5.8 TB/s at 500 TFLOP/s.  H100: forward 0.175 ms (541 TFLOP/s), dx 0.188 (503), dw 0.248 (381); one
+// cuBLAS product of as many operations 0.134 (703); moe_fast.cu 0.461, 0.595 and 0.530.  More in NOTES.md.
 
 #include "tensor_cores.cuh"
 #include "hopper.cuh"

@@ -344,5 +344,5 @@ def _qkv_bias_specs(c: Config, prefix: str) -> list[Spec]:
 
 def _out_spec(c: Config, name: str, fan_in: int) -> Spec:
     """Projections back into the residual stream start small: 2L of them add up, and at first what
-    they add should not drown the embedding (std 0.1)."""
+    they add should not drown the embedding."""
     return Spec(name, (c.width, fan_in), init=0.25 * (fan_in * 2 * c.layers) ** -0.5)

@@ -8,9 +8,9 @@ import pytest
 
 from minisb import gradcheck, native
 from minisb.backend import Backend, CpuBackend
-from minisb.config import SPIKE_PROJECTIONS, Config
+from minisb.config import PRESETS, SPIKE_PROJECTIONS, Config, preset
 from minisb.errors import MinisbError
-from minisb.model import SpikingBrain, specs
+from minisb.model import SpikingBrain, embedding_std, specs
 from minisb.ops.adamw import adamw, grad_norm
 from minisb.ops.cross_entropy import IGNORE
 from minisb.ops.spike import spike_forward
@@ -234,3 +234,12 @@ def test_tokens_that_are_no_array_of_ids_are_one_sentence(call, words):
     model = model_of(replace(TINY, sinks=2), Backend(1))
     with pytest.raises(MinisbError, match=words):
         call(model)
+
+
+def test_no_token_begins_sure_of_itself():
+    """In a tied model a token's own logit begins at up to width * std, whatever the width."""
+    for name in PRESETS:
+        c = preset(name)
+        (embedding,) = (spec for spec in specs(c) if spec.name == "embeddings.weight")
+        assert embedding.init <= 0.1 and (not c.tied or c.width * embedding.init <= 12.8 + 1e-9)
+    assert embedding_std(preset("nano")) == 0.1 and embedding_std(preset("small")) == 0.025
