@@ -22,8 +22,8 @@ TABLE = 256
 
 
 def embedding_std(c: Config) -> float:
-    """Of initial values: 0.1, which was tuned at width 128 (NOTES.md).  A tied embedding is the head, too, where a token's
-    own logit begins at up to width * std; so the std falls with the width, and that stays 12.8."""
+    """Of initial values: 0.1, which was tuned at width 128 (NOTES.md).  A tied embedding is the head, too, where a
+    token's own logit begins at up to width * std; so the std falls with the width, and that stays 12.8."""
     return min(0.1, 12.8 / c.width) if c.tied else 0.1
 
 
