@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from minisb.backend import choose  # noqa: E402
+from minisb.backend import choose, on_host  # noqa: E402
 from minisb.config import preset  # noqa: E402
-from minisb.generate import on_host, read_prompt  # noqa: E402
+from minisb.generate import read_prompt  # noqa: E402
 from minisb.model import SpikingBrain, specs  # noqa: E402
 from minisb.params import ParamStore  # noqa: E402
 from minisb.quantized import INT8, SCALES, empty_tensors, float_routers, input_names, store_of  # noqa: E402

@@ -36,6 +36,11 @@ def op(reference):
     return run
 
 
+def on_host(x):
+    """An array of any backend as a NumPy array."""
+    return x.get() if hasattr(x, "get") else x
+
+
 class Backend:
     """NumPy, and the interface of every backend.
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 import minisb
-from minisb.backend import choose
+from minisb.backend import choose, on_host
 from minisb.cache import atomic_write
 from minisb.config import Config
 from minisb.errors import MinisbError
@@ -170,10 +170,10 @@ def _load_quantized(folder, settings: dict, xp) -> QuantizedStore:
 
 
 def _save_tensors(path: Path, tensors: dict, step: int):
-    on_host = {name: x.get() if hasattr(x, "get") else x for name, x in tensors.items()}
-    metadata = {"step": str(step), "crc32": str(_checksum(on_host, step))}
+    tensors = {name: on_host(x) for name, x in tensors.items()}
+    metadata = {"step": str(step), "crc32": str(_checksum(tensors, step))}
     # Not save_file: it writes under a temporary name of its own, which a kill would leave behind.
-    _write(path, lambda temporary: temporary.write_bytes(save(on_host, metadata)))
+    _write(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 
 def _load_tensors(path: Path, targets: dict, xp, exact: bool = False) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from minisb.backend import on_host
 from minisb.errors import MinisbError
 
 #: Tokens of a prompt read at once: long enough for matrix products, short enough that a long
@@ -143,8 +144,3 @@ def _start_token(model, stop):
     if stop is None and tokenizer is None:
         raise MinisbError("an empty prompt needs a token to start from: give the end-of-text id as stop.")
     return tokenizer.eot if stop is None else stop
-
-
-def on_host(x):
-    """An array of any backend as a NumPy array."""
-    return x.get() if hasattr(x, "get") else x

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minisb.backend import on_host
 from minisb.data import eval_batches
 from minisb.model import SpikingBrain
 from minisb.ops.codes import CODES, SIGNED, spikes_emitted, steps_needed
@@ -59,7 +60,7 @@ class Tally:
 
     def add(self, count):
         """count (..., C), whole numbers as floats."""
-        count = count.get() if hasattr(count, "get") else count
+        count = on_host(count)
         rows = count.reshape(-1, count.shape[-1]).astype(np.int64)
         self._widen(int(np.abs(rows).max(initial=0)))
         self.seen += np.bincount(rows.ravel() + self.reach, minlength=len(self.seen))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minisb.backend import on_host
 from minisb.checkpoint import load_config, read_log
 from minisb.cli import run
 from minisb.errors import MinisbError
@@ -245,7 +246,7 @@ def _some_counts(model, sample, channels: int = 32, most: int = 15):
     seen = []
     model.forward(sample[None, : model.config.seq_len], True, lambda name, x: seen.append((name, x)))
     counts = next(x for name, x in seen if name.endswith(".count"))[0, -1]
-    counts = counts.get() if hasattr(counts, "get") else counts
+    counts = on_host(counts)
     return counts[np.abs(counts) <= most][:channels].astype(np.int64)
 
 

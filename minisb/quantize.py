@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minisb import checkpoint
+from minisb.backend import on_host
 from minisb.data import batch, eval_batches, load_tokens
 from minisb.errors import MinisbError
-from minisb.generate import on_host
 from minisb.model import SpikingBrain
 from minisb.ops.moe import grouped_forward
 from minisb.ops.w8aspike import (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisb import launchers
-from minisb.generate import on_host
+from minisb.backend import on_host
 from minisb.launchers.grid import LARGEST_HEAD
 from minisb.launchers.linear_attention import walkable
 from minisb.model import TABLE
