@@ -172,10 +172,10 @@ DEEP = [((130, 7, 0, 230), 400, 136, 264), ((64,), 64, 264, 392)]
 
 @pytest.mark.parametrize("case", DEEP, ids=str)
 def test_hopper_blocks_share_tiles_out_as_they_like(cuda, monkeypatch, case):
-    """One block walks all tiles, several cut the last ones in two, many have one each: equal bits."""
+    """One block walks all tiles, several cut the last ones in two, on a GPU many have one each: equal bits."""
     on_hopper(monkeypatch, cuda, True)
     found = []
-    for blocks in (1, 4, 132):
+    for blocks in (1, 4) if cuda.xp is np else (1, 4, 132):
         monkeypatch.setattr(twins, "MULTIPROCESSORS", blocks)
         found.append(agree(cuda, case, "float16"))
     for once, *others in zip(*found, strict=True):
