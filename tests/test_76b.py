@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import backend_of
+from conftest import backend_of, backends
 
 from minisb import accounting, experts_cli, gradcheck
 from minisb.backend import Backend, CpuBackend
@@ -280,19 +280,19 @@ def test_the_balance_loss_evens_out_the_load(be):
     assert spread() < min(before, 1.2)
 
 
-@pytest.mark.parametrize("name, spike", [("cpu", True), ("cpu", False)])  # gradients of both are compared above
-def test_one_batch_is_learnt_by_heart(name, spike):
-    be = backend_of(name)
+def test_one_batch_is_learnt_by_heart():
+    """With spikes; gradients without them, and NumPy's, are compared above."""
+    be = list(backends().values())[-1]
     model = model_of(TINY, be, noise=0.0)
     store, tokens = model.store, tokens_of(TINY, 2, 17, seed=8)
     for step in range(1, 101):
         store.zero_grad()
-        loss = model.loss_and_backward(tokens[:, :-1], tokens[:, 1:], spike)
+        loss = model.loss_and_backward(tokens[:, :-1], tokens[:, 1:], True)
         adamw(
             be, store.flat_p, store.flat_g, store.flat_m, store.flat_v, store.decayed,
             0.02, 0.9, 0.99, 1e-8, 0.0, step, 1.0,
         )  # fmt: skip
-    assert loss < (0.5 if spike else 0.1)
+    assert loss < 0.5
 
 
 def test_spikes_reach_the_router_if_the_config_says_so(be):

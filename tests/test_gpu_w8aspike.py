@@ -144,6 +144,8 @@ def test_a_quantised_model(cuda, layout, embedding):
 @pytest.mark.parametrize("layout", ["7b", "76b"])
 def test_quantising_where_the_model_computes(cuda, layout):
     """Sums of floats differ in their last bits, and so may the choice between two shares that serve a row alike."""
+    if cuda.xp is np and layout == "76b":
+        pytest.skip("takes too long in emulation")
     config = LAYOUTS[layout]
     texts = test_quantize.texts_of(config, 2)
     host = test_quantize.float_model(config)

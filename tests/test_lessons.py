@@ -17,10 +17,11 @@ def in_english(monkeypatch):
     monkeypatch.setenv("MINISB_LANG", "en")
 
 
-NUMBERS = [found.number for found in proofs.exercised()]
+#: Lesson 04 takes several seconds: `python -m lessons._ci` proves all of them.
+SHORT = [found.number for found in proofs.exercised() if found.number != "04"]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", SHORT)
 def test_every_exercise_is_solvable_and_its_check_finds_mistakes(number):
     assert proofs.prove(number) == []
 
