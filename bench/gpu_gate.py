@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import cupy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import copy_rate, milliseconds  # noqa: E402
+from gpu_timing import at_once_kernel, copy_rate, milliseconds  # noqa: E402
 
 from minisb import kernels  # noqa: E402
 from minisb.backend import choose  # noqa: E402
@@ -31,7 +30,6 @@ from minisb.ops.rope import rope_backward, rope_table  # noqa: E402
 BFLOAT16 = kernels.element("bfloat16")
 B, T = 32, 1024
 N = B * T
-AT_ONCE = "constexpr int AT_ONCE = {};"
 
 
 def draw(*shape, dtype=BFLOAT16):
@@ -77,18 +75,6 @@ def gates(be, line, J: int, R: int = 16):
     dense.LOW_RANK = found
 
 
-def sums_kernel(be, at_once: int):
-    """column_sums with another number of rows at once."""
-    gpu, default = be.device, AT_ONCE.format(8)
-    text = kernels.assembled("reduce")
-    assert default in text
-    options = (*kernels.OPTIONS, f"--gpu-architecture={gpu.target}", "-DREAL_bfloat16")
-    code, _ = gpu.compiler.compile(text.replace(default, AT_ONCE.format(at_once)), "reduce.cu", options)
-    path = Path(tempfile.mkdtemp()) / "variant.cubin"
-    path.write_bytes(code)
-    return cupy.RawModule(path=str(path)).get_function("column_sums")
-
-
 def column_sums(be, line, J: int, stride: int):
     dy = draw(N, stride)
     rows, db = dense.Rows(dy[:, :J]), cupy.zeros(J, "float32")
@@ -107,7 +93,7 @@ def column_sums(be, line, J: int, stride: int):
     key, slices = ("column_sums", BFLOAT16), grid.SLICES
     usual = be.device._ready[key]
     for at_once in (4, 8, 16):
-        be.device._ready[key] = sums_kernel(be, at_once), usual[1]
+        be.device._ready[key] = at_once_kernel(be.device, "reduce", "column_sums", 8, at_once), usual[1]
         for grid.SLICES in (128, 256, 512):
             check(f"  {J} of {stride}, {at_once} rows at once, at most {grid.SLICES} slices")
     be.device._ready[key], grid.SLICES = usual, slices

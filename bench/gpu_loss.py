@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import cupy
@@ -21,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import copy_rate, milliseconds  # noqa: E402
+from gpu_timing import at_once_kernel, copy_rate, milliseconds  # noqa: E402
 
 from minisb import kernels  # noqa: E402
 from minisb.backend import choose  # noqa: E402
@@ -34,24 +33,11 @@ from minisb.ops.gate import log_gate_backward, log_gate_forward  # noqa: E402
 
 BFLOAT16 = kernels.element("bfloat16")
 N, TEXT, VOCAB = 8192, 32768, 32768  # rows of the loss, tokens of a step, tokens there are
-AT_ONCE = "constexpr int AT_ONCE = {};"
 VARIANTS = [  # threads, KB kept, packs at once
     (512, 64, 4), (256, 64, 4), (1024, 64, 4), (512, 64, 2), (512, 64, 8), (256, 64, 8), (1024, 64, 2), (512, 72, 4),
     (512, 32, 4), (1024, 0, 4), (512, 0, 4), (512, 110, 4), (768, 110, 4), (768, 110, 2), (768, 220, 4), (1024, 220, 4),
     (768, 220, 2), (1024, 220, 2),
 ]  # fmt: skip
-
-
-def loss_kernel(be, at_once: int):
-    """cross_entropy with another number of packs at once."""
-    gpu, default = be.device, AT_ONCE.format(4)
-    text = kernels.assembled("cross_entropy")
-    assert default in text
-    options = (*kernels.OPTIONS, f"--gpu-architecture={gpu.target}", "-DREAL_bfloat16")
-    code, _ = gpu.compiler.compile(text.replace(default, AT_ONCE.format(at_once)), "cross_entropy.cu", options)
-    path = Path(tempfile.mkdtemp()) / "variant.cubin"
-    path.write_bytes(code)
-    return cupy.RawModule(path=str(path)).get_function("cross_entropy")
 
 
 def losses(be, line, V: int):
@@ -72,7 +58,7 @@ def losses(be, line, V: int):
             continue  # the row is shorter
         size = threads, min(kept << 9, V)
         dense.loss_block = lambda *_, size=size: size
-        be.device._ready[key] = loss_kernel(be, at_once), usual[1]
+        be.device._ready[key] = at_once_kernel(be.device, "cross_entropy", "cross_entropy", 4, at_once), usual[1]
         logits[...] = first
         call()
         right = (

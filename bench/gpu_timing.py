@@ -1,10 +1,15 @@
 """Milliseconds of GPU work, for the benches beside this file."""
 
+import tempfile
+from pathlib import Path
+
 import cupy
 
+from minisb import kernels
 from minisb.kernels import element
 
 ROUNDS = 20
+AT_ONCE = "constexpr int AT_ONCE = {};"  # in some kernels: what a thread asks for before it waits
 
 
 def milliseconds(call, rounds: int = ROUNDS) -> float:
@@ -55,3 +60,14 @@ def product_rate(be, dtype: str = "bfloat16") -> float:
     a, b = (cupy.random.standard_normal((8192, 8192), dtype="float32").astype(element(dtype)) for _ in range(2))
     out = cupy.empty_like(a)
     return 2 * 8192**3 / milliseconds(lambda: be.gemm(a, b, out=out)) / 1e9
+
+
+def at_once_kernel(gpu, stem: str, name: str, usual: int, at_once: int):
+    """Kernel `name` of cuda/STEM.cu in bfloat16, with another AT_ONCE than the usual one."""
+    text, default = kernels.assembled(stem), AT_ONCE.format(usual)
+    assert default in text
+    options = (*kernels.OPTIONS, f"--gpu-architecture={gpu.target}", "-DREAL_bfloat16")
+    code, _ = gpu.compiler.compile(text.replace(default, AT_ONCE.format(at_once)), f"{stem}.cu", options)
+    path = Path(tempfile.mkdtemp()) / "variant.cubin"
+    path.write_bytes(code)
+    return cupy.RawModule(path=str(path)).get_function(name)
