@@ -208,7 +208,7 @@ def test_two_runs_are_bit_equal(uninterrupted):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_anywhere_then_resumed_is_bit_equal(uninterrupted, seed):
     """Each run is killed twice, at random moments, before it may finish."""
     root, moments = uninterrupted

@@ -28,8 +28,9 @@ def test_every_exercise_is_solvable_and_its_check_finds_mistakes(number):
 
 def test_a_check_that_finds_nothing_is_noticed(monkeypatch):
     harmless = ("gla_step", "nothing is wrong", proofs.adapters.gla_step)
-    monkeypatch.setitem(mutants.MUTANTS, "04", [harmless])
-    assert "04 gla_step: passes although nothing is wrong" in proofs.mutants_fail("04")
+    one_each = {name: (name, what, mutant) for name, what, mutant in mutants.MUTANTS["04"]}  # enough, and quicker
+    monkeypatch.setitem(mutants.MUTANTS, "04", [*one_each.values(), harmless])
+    assert proofs.mutants_fail("04") == ["04 gla_step: passes although nothing is wrong"]
 
 
 def test_the_package_is_refused_to_the_student():
