@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -101,11 +102,15 @@ class Side:
 def compare(shape: str, threads: int, groups: int) -> dict:
     """All sides at one shape -> tokens per second and ratios."""
     common = ["--shape", shape, "--threads", threads, "--serve"]
-    sides = {"minisb": Side(HERE / "train_cpu.py", *common)}
-    for mode in ("eager", "compile"):
-        for chunk in CHUNKS:
-            print(f"  {shape}: starting PyTorch {mode}, chunk {chunk}", flush=True)
-            sides[f"{mode} {chunk}"] = Side(HERE / "torch_train_cpu.py", *common, "--mode", mode, "--chunk", chunk)
+    commands = {"minisb": [HERE / "train_cpu.py", *common]} | {
+        f"{mode} {chunk}": [HERE / "torch_train_cpu.py", *common, "--mode", mode, "--chunk", chunk]
+        for mode in ("eager", "compile")
+        for chunk in CHUNKS
+    }
+    at_once = max(1, os.cpu_count() // threads)
+    print(f"  {shape}: starting {len(commands)} sides, {at_once} at a time; PyTorch compiles for minutes", flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        sides = dict(zip(commands, pool.map(lambda command: Side(*command), commands.values()), strict=True))
     for _ in range(groups):
         for side in sides.values():
             side.time_a_group()
