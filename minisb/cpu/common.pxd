@@ -44,8 +44,9 @@ cdef inline real log1p_real(real x) noexcept nogil:
 
 
 cdef inline real sigmoid_real(real x) noexcept nogil:
-    """1 / (1 + e^-x): where e^-x is infinite, 0."""
-    return 1 / (1 + exp_real(-x))
+    """1 / (1 + e^-x): where e^-x is infinite, 0.  <real>1, here and elsewhere: beside a float Cython writes a
+    plain 1 as a double, and the whole loop is then computed in double, half as many values at a time."""
+    return <real>1 / (<real>1 + exp_real(-x))
 
 
 cdef inline real row_max(const real* x, int64_t n) noexcept nogil:

@@ -1,9 +1,10 @@
 """ops/ffn.py's fast twin: a block of rows goes through both products and the SwiGLU between them at once.
 
-Rows do not depend on each other, so what the first product wrote is read by the next step while it is in
-the second cache, and threads meet once instead of after every step.  Blocks are handed out as threads
-come free; each value is summed by one thread in one order, so bits depend neither on blocks nor on threads.
-Gradients of weights, sums over all rows, are products of their own.
+Rows do not depend on each other, so what one product wrote is read by the next while it is in the second
+cache, and threads meet once instead of after every step.  The weights' gradients are sums over all rows.
+Backward adds a few blocks at a time: while rows are in cache, what these products read is packed for them,
+and neither h nor the gradient between the products ever goes to memory.  Blocks are handed out as threads come
+free; each value is summed by one thread in one order, so bits depend neither on blocks nor on threads.
 """
 
 import numpy as np
@@ -13,15 +14,17 @@ from libc.stdint cimport int64_t
 
 from minisb.cpu.common cimport real
 from minisb.cpu.strips cimport (
-    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TILE_ROWS, multiply_strips, pack_panels,
+    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TALL_ROWS, TILE_BYTES, multiply_packed, multiply_strips, pack_panels,
+    slice_rows,
 )
-from minisb.cpu.swiglu cimport swiglu_backward_row, swiglu_row
+from minisb.cpu.swiglu cimport swiglu_again_row, swiglu_row
 
 from minisb.cpu.linear import room
 from minisb.ops import ffn as reference
 
 cdef int64_t BYTES = 256 * 1024  # of gate, up and h in a block, about: half the second cache
-cdef int64_t OWN = BLOCK_STRIPS * TILE_ROWS * BLOCK_K + TILE_BYTES  # values that a product of strips packs
+cdef int64_t DEPTHS = 4
+cdef int64_t OWN = BLOCK_STRIPS * TALL_ROWS * BLOCK_K + TILE_BYTES  # values that a product of strips packs
 
 
 def ffn_forward(be, x, w_in, w_out):
@@ -31,45 +34,46 @@ def ffn_forward(be, x, w_in, w_out):
     N = len(rows)
     if not _pays(N, C, F):
         return reference.ffn_forward.reference(be, x, w_in, w_out)
-    gate_up, h, y = [np.empty((N, n), x.dtype) for n in (2 * F, F, C)]
+    gate_up, y = np.empty((N, 2 * F), x.dtype), np.empty((N, C), x.dtype)
     packed_in, packed_out = _packed("in", C, 2 * F, x.dtype), _packed("out", F, C, x.dtype)
-    own = room("own", be.threads * _own(0), x.dtype)
+    own = room("own", be.threads * _own(_rows(F, x.itemsize) * F), x.dtype)
     if x.dtype == np.float32:
-        _forward[float](be.threads, rows, w_in, w_out, gate_up, h, y, packed_in, packed_out, own)
+        _forward[float](be.threads, rows, w_in, w_out, gate_up, y, packed_in, packed_out, own)
     else:
-        _forward[double](be.threads, rows, w_in, w_out, gate_up, h, y, packed_in, packed_out, own)
-    lead = x.shape[: x.ndim - 1]
-    return y.reshape(x.shape), (x, gate_up.reshape(*lead, 2 * F), h.reshape(*lead, F))
+        _forward[double](be.threads, rows, w_in, w_out, gate_up, y, packed_in, packed_out, own)
+    return y.reshape(x.shape), (x, gate_up.reshape(*x.shape[: x.ndim - 1], 2 * F), None)
 
 
 def ffn_backward(be, dy, saved, w_in, w_out, dw_in, dw_out):
     """See ops/ffn.py."""
-    x, gate_up, h = saved
+    x, gate_up, _ = saved
     C, F = dy.shape[dy.ndim - 1], w_out.shape[1]
     rows = np.ascontiguousarray(dy).reshape(-1, C)
     N = len(rows)
     if not _pays(N, C, F):
         return reference.ffn_backward.reference(be, dy, saved, w_in, w_out, dw_in, dw_out)
-    w_in, w_out, gate_up = [np.ascontiguousarray(a) for a in (w_in, w_out, gate_up)]
-    gate_up, dgate_up, dx = gate_up.reshape(N, 2 * F), np.empty((N, 2 * F), dy.dtype), np.empty((N, C), dy.dtype)
-    packed_in, packed_out = _packed("in", C, 2 * F, dy.dtype), _packed("out", F, C, dy.dtype)
-    own = room("own", be.threads * _own(_strips(F, dy.itemsize) * TILE_ROWS * F), dy.dtype)
+    w_in, w_out, gate_up, x = [np.ascontiguousarray(a) for a in (w_in, w_out, gate_up, x)]
+    dx = np.empty((N, C), dy.dtype)
+    size = _rows(F, dy.itemsize)
+    depth = size * max(1, BLOCK_K // size)
+    packed = [_packed("in", C, 2 * F, dy.dtype), _packed("out", F, C, dy.dtype)]
+    sliced = [_packed(name, DEPTHS * depth, n, dy.dtype) for name, n in (("dgate_up", 2 * F), ("x", C), ("dy", C), ("h", F))]
+    own = room("own", be.threads * _own(3 * size * F), dy.dtype)
+    arrays = rows, x.reshape(N, C), gate_up.reshape(N, 2 * F), w_in, w_out, dx, dw_in, dw_out, *packed, *sliced, own
     if dy.dtype == np.float32:
-        _backward[float](be.threads, rows, gate_up, w_in, w_out, dgate_up, dx, packed_in, packed_out, own)
+        _backward[float](be.threads, size, depth, *arrays)
     else:
-        _backward[double](be.threads, rows, gate_up, w_in, w_out, dgate_up, dx, packed_in, packed_out, own)
-    be.gemm(rows, h.reshape(N, F), out=dw_out, ta=True, accumulate=True)
-    be.gemm(dgate_up, x.reshape(N, C), out=dw_in, ta=True, accumulate=True)
+        _backward[double](be.threads, size, depth, *arrays)
     return dx.reshape(dy.shape)
 
 
 cdef bint _pays(int64_t N, int64_t C, int64_t F):
-    return STRIPS_PAY and N >= 4 * TILE_ROWS and N * C * F > 1 << 18
+    return STRIPS_PAY and N >= 4 * TALL_ROWS and N * C * F > 1 << 18
 
 
-cdef int64_t _strips(int64_t F, int64_t size) noexcept nogil:
+cdef int64_t _rows(int64_t F, int64_t size) noexcept nogil:
     """Of a block."""
-    return max(2, min(BLOCK_STRIPS, BYTES // (3 * F * size * TILE_ROWS)))
+    return max(2, min(BLOCK_STRIPS, BYTES // (3 * F * size * TALL_ROWS))) * TALL_ROWS
 
 
 cdef int64_t _own(int64_t values):
@@ -83,49 +87,90 @@ def _packed(name, int64_t k, int64_t n, dtype):
 
 
 cdef _forward(int threads, const real[:, ::1] x, const real[:, ::1] w_in, const real[:, ::1] w_out,
-              real[:, ::1] gate_up, real[:, ::1] h, real[:, ::1] y, real[::1] packed_in, real[::1] packed_out,
-              real[::1] own):
-    cdef int64_t N = x.shape[0], C = x.shape[1], F = h.shape[1], i
-    cdef int64_t size = _strips(F, sizeof(real)) * TILE_ROWS, share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
+              real[:, ::1] gate_up, real[:, ::1] y, real[::1] packed_in, real[::1] packed_out, real[::1] own):
+    cdef int64_t N = x.shape[0], C = x.shape[1], F = w_out.shape[1], i
+    cdef int64_t size = _rows(F, sizeof(real)), share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
     with nogil, parallel(num_threads=threads):
         for i in prange(_panels(2 * F, sizeof(real)) + _panels(C, sizeof(real)), schedule="static"):
             _pack(1, C, F, &w_in[0, 0], &w_out[0, 0], &packed_in[0], &packed_out[0], i)
         for i in prange((N + size - 1) // size, schedule="dynamic"):
             _forward_rows(min(size, N - i * size), C, F, &x[i * size, 0], &packed_in[0], &packed_out[0],
-                          &gate_up[i * size, 0], &h[i * size, 0], &y[i * size, 0], &own[threadid() * share])
+                          &gate_up[i * size, 0], &own[threadid() * share + OWN], &y[i * size, 0],
+                          &own[threadid() * share])
 
 
 cdef void _forward_rows(int64_t rows, int64_t C, int64_t F, const real* x, const real* packed_in,
                         const real* packed_out, real* gate_up, real* h, real* y, real* own) noexcept nogil:
-    cdef int64_t r, strips = (rows + TILE_ROWS - 1) // TILE_ROWS
+    cdef int64_t r, strips = (rows + TALL_ROWS - 1) // TALL_ROWS
     multiply_strips(0, rows, 2 * F, C, x, C, packed_in, 0, gate_up, 2 * F, 0, strips, own)
     for r in range(rows):
         swiglu_row(gate_up + 2 * r * F, gate_up + (2 * r + 1) * F, h + r * F, F)
     multiply_strips(0, rows, C, F, h, F, packed_out, 0, y, C, 0, strips, own)
 
 
-cdef _backward(int threads, const real[:, ::1] dy, const real[:, ::1] gate_up, const real[:, ::1] w_in,
-               const real[:, ::1] w_out, real[:, ::1] dgate_up, real[:, ::1] dx, real[::1] packed_in,
-               real[::1] packed_out, real[::1] own):
-    cdef int64_t N = dy.shape[0], C = dy.shape[1], F = w_out.shape[1], i
-    cdef int64_t size = _strips(F, sizeof(real)) * TILE_ROWS, share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
+cdef _backward(int threads, int64_t size, int64_t depth, const real[:, ::1] dy, const real[:, ::1] x,
+               const real[:, ::1] gate_up, const real[:, ::1] w_in, const real[:, ::1] w_out, real[:, ::1] dx,
+               real[:, ::1] dw_in, real[:, ::1] dw_out, real[::1] packed_in, real[::1] packed_out,
+               real[::1] dgate_up, real[::1] x_panels, real[::1] dy_strips, real[::1] h_panels, real[::1] own):
+    """Blocks of `size` rows; after DEPTHS * depth rows of them the weights' gradients are brought up to date."""
+    cdef int64_t N = dy.shape[0], C = dy.shape[1], F = w_out.shape[1], part, start, rows, low, i
+    cdef int64_t share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
+    cdef real* mine
     with nogil, parallel(num_threads=threads):
+        mine = &own[threadid() * share]
         for i in prange(_panels(C, sizeof(real)) + _panels(F, sizeof(real)), schedule="static"):
             _pack(0, C, F, &w_in[0, 0], &w_out[0, 0], &packed_in[0], &packed_out[0], i)
-        for i in prange((N + size - 1) // size, schedule="dynamic"):
-            _backward_rows(min(size, N - i * size), C, F, &dy[i * size, 0], &gate_up[i * size, 0], &packed_in[0],
-                           &packed_out[0], &own[threadid() * share + OWN], &dgate_up[i * size, 0], &dx[i * size, 0],
-                           &own[threadid() * share])
+        for part in range((N + DEPTHS * depth - 1) // (DEPTHS * depth)):
+            start = part * DEPTHS * depth
+            rows = min(DEPTHS * depth, N - start)
+            for i in prange((rows + size - 1) // size, schedule="dynamic"):
+                low = start + i * size
+                _backward_rows(min(size, N - low), C, F, &dy[low, 0], &gate_up[low, 0], &packed_in[0],
+                               &packed_out[0], mine + OWN, mine + OWN + size * F, &dx[low, 0], mine)
+                _slices(min(size, N - low), C, F, i * size, depth, rows, mine + OWN + size * F, &x[low, 0],
+                        &dy[low, 0], mine + OWN, &dgate_up[0], &x_panels[0], &dy_strips[0], &h_panels[0])
+            for i in prange(6 * threads, schedule="dynamic"):
+                if i < 2 * threads:
+                    _sum(C, F, rows, depth, &dy_strips[0], &h_panels[0], &dw_out[0, 0], i, 2 * threads)
+                else:
+                    _sum(2 * F, C, rows, depth, &dgate_up[0], &x_panels[0], &dw_in[0, 0], i - 2 * threads, 4 * threads)
 
 
 cdef void _backward_rows(int64_t rows, int64_t C, int64_t F, const real* dy, const real* gate_up, const real* packed_in,
-                         const real* packed_out, real* dh, real* dgate_up, real* dx, real* own) noexcept nogil:
-    cdef int64_t r, strips = (rows + TILE_ROWS - 1) // TILE_ROWS, gate, up
-    multiply_strips(0, rows, F, C, dy, C, packed_out, 0, dh, F, 0, strips, own)
+                         const real* packed_out, real* h, real* dgate_up, real* dx, real* own) noexcept nogil:
+    """-> dgate_up, dx, and h, where dh was before."""
+    cdef int64_t r, strips = (rows + TALL_ROWS - 1) // TALL_ROWS, gate, up
+    multiply_strips(0, rows, F, C, dy, C, packed_out, 0, h, F, 0, strips, own)
     for r in range(rows):
         gate, up = 2 * r * F, (2 * r + 1) * F
-        swiglu_backward_row(dh + r * F, gate_up + gate, gate_up + up, dgate_up + gate, dgate_up + up, F)
+        swiglu_again_row(h + r * F, gate_up + gate, gate_up + up, dgate_up + gate, dgate_up + up, F)
     multiply_strips(0, rows, C, 2 * F, dgate_up, 2 * F, packed_in, 0, dx, C, 0, strips, own)
+
+
+cdef void _slices(int64_t rows, int64_t C, int64_t F, int64_t at, int64_t depth, int64_t all, const real* dgate_up,
+                  const real* x, const real* dy, const real* h, real* dgate_up_strips, real* x_panels,
+                  real* dy_strips, real* h_panels) noexcept nogil:
+    """A block's rows as rows at .. of what the weights' gradients are made of, `depth` of `all` rows together."""
+    cdef int64_t first = at // depth * depth, columns = TILE_BYTES // sizeof(real)
+    at, depth = at - first, min(depth, all - first)
+    slice_rows(2 * F, rows, dgate_up, at, depth, dgate_up_strips + first * _up(2 * F, TALL_ROWS), <real*>NULL)
+    slice_rows(C, rows, dy, at, depth, dy_strips + first * _up(C, TALL_ROWS), <real*>NULL)
+    slice_rows(C, rows, x, at, depth, <real*>NULL, x_panels + first * _up(C, columns))
+    slice_rows(F, rows, h, at, depth, <real*>NULL, h_panels + first * _up(F, columns))
+
+
+cdef void _sum(int64_t m, int64_t n, int64_t rows, int64_t depth, const real* strips, const real* panels, real* c,
+               int64_t i, int64_t parts) noexcept nogil:
+    """Part i of c (m x n) += a^T b over so many rows, as _slices left them."""
+    cdef int64_t count = (m + TALL_ROWS - 1) // TALL_ROWS, wide = _up(n, TILE_BYTES // sizeof(real)), block, first
+    for block in range((rows + depth - 1) // depth):
+        first = block * depth
+        multiply_packed(m, n, min(depth, rows - first), strips + first * count * TALL_ROWS, panels + first * wide, c,
+                        count * i // parts, count * (i + 1) // parts)
+
+
+cdef inline int64_t _up(int64_t n, int64_t unit) noexcept nogil:
+    return (n + unit - 1) // unit * unit
 
 
 cdef inline int64_t _panels(int64_t n, int64_t size) noexcept nogil:

@@ -13,14 +13,14 @@ cdef inline void tied_gate(const real* z, real* k, real* log_g, int64_t n) noexc
     for i in range(n):
         e = exp_real(-<real>fabs(z[i]))
         most = <real>0 if z[i] < 0 else z[i]
-        k[i] = (e if z[i] < 0 else <real>1) / (1 + e)
+        k[i] = (e if z[i] < 0 else <real>1) / (<real>1 + e)
         log_g[i] = -most - log1p_real(e)
 
 
 cdef inline void tied_gate_back(const real* dk, const real* dlog_g, const real* k, real* dz, int64_t n) noexcept nogil:
     cdef int64_t i
     for i in range(n):
-        dz[i] = k[i] * (dk[i] * (1 - k[i]) - dlog_g[i])
+        dz[i] = k[i] * (dk[i] * (<real>1 - k[i]) - dlog_g[i])
 
 
 cdef void log_gate_row(const real* z, real divisor, real* log_g, int64_t n) noexcept nogil

@@ -140,7 +140,7 @@ cdef _sigmoid_backward(int threads, const real[:, ::1] dq, const real[:, ::1] dk
 cdef inline void _sigmoid_back(const real* dy, const real* y, real* dx, int64_t n) noexcept nogil:
     cdef int64_t i
     for i in range(n):
-        dx[i] = dy[i] * y[i] * (1 - y[i])
+        dx[i] = dy[i] * y[i] * (<real>1 - y[i])
 
 
 TWINS = {

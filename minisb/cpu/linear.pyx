@@ -16,7 +16,7 @@ from libc.stdint cimport int64_t
 from minisb import blas
 from minisb.cpu.common cimport gemm_init, gemm_real, real
 from minisb.cpu.strips cimport (
-    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TILE_ROWS, dots, multiply_strips, pack_panels,
+    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TALL_ROWS, dots, multiply_strips, pack_panels,
 )
 
 cdef object _addresses = blas.gemm_addresses()
@@ -46,7 +46,7 @@ def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False
         out = np.empty((m, n), a.dtype)
     assert out.shape == (m, n) and a.dtype == b.dtype == out.dtype
     a, b = _rows(a), _rows(b)
-    if STRIPS_PAY and m >= 4 * TILE_ROWS and m * n * k > 1 << 15:
+    if STRIPS_PAY and m >= 4 * TALL_ROWS and m * n * k > 1 << 15:
         packed = room("packed", k * (n + TILE_BYTES // a.itemsize), a.dtype)
         if a.dtype == np.float32:
             _by_strips[float](be.threads, a, b, out, packed, ta, tb, accumulate, m, n, k, bias, a.dtype)
@@ -87,11 +87,11 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
     cdef int64_t lda = a.strides[0] // sizeof(real), ldb = b.strides[0] // sizeof(real)
     cdef int64_t ldc = c.strides[0] // sizeof(real), i
     cdef int64_t columns = TILE_BYTES // sizeof(real)
-    cdef int64_t panels = (n + columns - 1) // columns, strips = (m + TILE_ROWS - 1) // TILE_ROWS
+    cdef int64_t panels = (n + columns - 1) // columns, strips = (m + TALL_ROWS - 1) // TALL_ROWS
     cdef int used = threads if m * n * k > 1 << 18 else 1
     # Few strips are shared out evenly, so that each thread reads the packed panels once.
     cdef int64_t blocks = strips // BLOCK_STRIPS if strips > 4 * used * BLOCK_STRIPS else used
-    cdef int64_t share = BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16
+    cdef int64_t share = BLOCK_STRIPS * TALL_ROWS * BLOCK_K + 16
     cdef real[::1] own = room("own", used * share, dtype)
     cdef const real* added = NULL if bias is None else &bias[0]
     cdef int64_t biased = 0 if bias is None else bias.shape[0]
@@ -101,8 +101,8 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
         for i in prange(blocks, schedule="dynamic"):
             multiply_strips(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
                             strips * i // blocks, strips * (i + 1) // blocks, &own[threadid() * share])
-            _add_bias(added, biased, &c[0, 0], ldc, strips * i // blocks * TILE_ROWS,
-                      min(m, strips * (i + 1) // blocks * TILE_ROWS))
+            _add_bias(added, biased, &c[0, 0], ldc, strips * i // blocks * TALL_ROWS,
+                      min(m, strips * (i + 1) // blocks * TALL_ROWS))
 
 
 cdef inline void _add_bias(const real* bias, int64_t columns, real* c, int64_t ldc, int64_t first,

@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from minisb import blas
 from minisb.cpu.common cimport aligned, exp_real, gemm_init, gemm_real, real, row_max, team
 from minisb.cpu.strips cimport (
-    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TILE_ROWS, dots, multiply_strips, pack_panels,
+    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TALL_ROWS, dots, multiply_strips, pack_panels,
 )
 from minisb.ops.moe import Plan
 
@@ -320,11 +320,11 @@ cdef void _product(Product* z, int64_t m, int64_t n, int64_t k, const real* a, c
     cdef real* packed = scratch + _own(sizeof(real))
     if m == 1 and z.tb and not z.ta and not z.add:
         dots(n, k, a, b, z.ldb, <real>0, c)
-    elif not STRIPS_PAY or m < 4 * TILE_ROWS:
+    elif not STRIPS_PAY or m < 4 * TALL_ROWS:
         gemm_real(z.ta, z.tb, m, n, k, <real>1, a, z.lda, b, z.ldb, <real>(1 if z.add else 0), c, z.ldc)
     else:
         pack_panels(z.tb, k, n, b, z.ldb, packed, 0, (n + tile - 1) // tile)
-        multiply_strips(z.ta, m, n, k, a, z.lda, packed, z.add, c, z.ldc, 0, (m + TILE_ROWS - 1) // TILE_ROWS, scratch)
+        multiply_strips(z.ta, m, n, k, a, z.lda, packed, z.add, c, z.ldc, 0, (m + TALL_ROWS - 1) // TALL_ROWS, scratch)
 
 
 cdef int64_t _columns(int64_t depth, int64_t most, int64_t size) noexcept:
@@ -336,7 +336,7 @@ cdef int64_t _columns(int64_t depth, int64_t most, int64_t size) noexcept:
 
 cdef inline int64_t _own(int64_t size) noexcept nogil:
     """Values of room for packed strips, whole cache lines."""
-    return (BLOCK_STRIPS * TILE_ROWS * BLOCK_K + 16) * size // TILE_BYTES * TILE_BYTES // size + TILE_BYTES
+    return (BLOCK_STRIPS * TALL_ROWS * BLOCK_K + 16) * size // TILE_BYTES * TILE_BYTES // size + TILE_BYTES
 
 
 cdef int64_t _room(int64_t depth, int64_t columns, int64_t size) noexcept:

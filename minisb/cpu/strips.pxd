@@ -4,11 +4,23 @@ from libc.stdint cimport int64_t
 from minisb.cpu.common cimport real
 
 cdef extern from "linear.h" nogil:
-    enum: TILE_ROWS, TILE_BYTES, BLOCK_K, BLOCK_STRIPS, STRIPS_PAY
+    enum: TALL_ROWS, TILE_BYTES, BLOCK_K, BLOCK_STRIPS, STRIPS_PAY
     void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
                          int64_t last)
     void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,
                           int64_t last)
+    void slice_strips_float(int64_t n, int64_t rows, const float* x, int64_t ldx, int64_t depth, float* to,
+                            int64_t first, int64_t last)
+    void slice_strips_double(int64_t n, int64_t rows, const double* x, int64_t ldx, int64_t depth, double* to,
+                             int64_t first, int64_t last)
+    void slice_panels_float(int64_t n, int64_t rows, const float* x, int64_t ldx, int64_t depth, float* to,
+                            int64_t first, int64_t last)
+    void slice_panels_double(int64_t n, int64_t rows, const double* x, int64_t ldx, int64_t depth, double* to,
+                             int64_t first, int64_t last)
+    void gemm_block_float(int64_t m, int64_t n, int64_t depth, const float* strips, const float* a, int64_t lda,
+                          const float* panels, int add, float* c, int64_t ldc, int64_t first, int64_t last)
+    void gemm_block_double(int64_t m, int64_t n, int64_t depth, const double* strips, const double* a, int64_t lda,
+                           const double* panels, int add, double* c, int64_t ldc, int64_t first, int64_t last)
     void gemm_strips_float(int ta, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed,
                            int accumulate, float* c, int64_t ldc, int64_t first, int64_t last, float* own)
     void gemm_strips_double(int ta, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
@@ -33,6 +45,34 @@ cdef inline void multiply_strips(int ta, int64_t m, int64_t n, int64_t k, const 
         gemm_strips_float(ta, m, n, k, a, lda, packed, accumulate, c, ldc, first, last, own)
     else:
         gemm_strips_double(ta, m, n, k, a, lda, packed, accumulate, c, ldc, first, last, own)
+
+
+cdef inline void slice_rows(int64_t n, int64_t rows, const real* x, int64_t at, int64_t depth, real* strips,
+                            real* panels) noexcept nogil:
+    """Rows of x (rows x n) as rows at .. of x^T's packed strips (on the left of a product) or of x's packed
+    panels (on its right), whichever is not NULL; `depth` rows in all."""
+    cdef int64_t columns = TILE_BYTES // sizeof(real)
+    cdef int64_t count = (n + TALL_ROWS - 1) // TALL_ROWS if strips else (n + columns - 1) // columns
+    if real is float:
+        if strips:
+            slice_strips_float(n, rows, x, n, depth, strips + at * TALL_ROWS, 0, count)
+        else:
+            slice_panels_float(n, rows, x, n, depth, panels + at * columns, 0, count)
+    else:
+        if strips:
+            slice_strips_double(n, rows, x, n, depth, strips + at * TALL_ROWS, 0, count)
+        else:
+            slice_panels_double(n, rows, x, n, depth, panels + at * columns, 0, count)
+
+
+cdef inline void multiply_packed(int64_t m, int64_t n, int64_t depth, const real* strips, const real* panels, real* c,
+                                 int64_t first, int64_t last) noexcept nogil:
+    """Strips first .. last-1 of c (m x n) += those packed strips times the packed panels."""
+    strips += first * depth * TALL_ROWS
+    if real is float:
+        gemm_block_float(m, n, depth, strips, NULL, 0, panels, 1, c, n, first, last)
+    else:
+        gemm_block_double(m, n, depth, strips, NULL, 0, panels, 1, c, n, first, last)
 
 
 cdef inline void dots(int64_t n, int64_t k, const real* x, const real* w, int64_t ldw, real beta,

@@ -57,8 +57,20 @@ cdef void swiglu_backward_row(const real* dh, const real* gate, const real* up, 
     for i in range(F):
         d, s = dh[i], sigmoid_real(gate[i])
         silu = gate[i] * s
-        dgate[i] = d * up[i] * (s + silu * (1 - s))
+        dgate[i] = d * up[i] * (s + silu * (<real>1 - s))
         dup[i] = d * silu
+
+
+cdef void swiglu_again_row(real* h, const real* gate, const real* up, real* dgate, real* dup, int64_t F) noexcept nogil:
+    """swiglu_backward_row with dh in h, where the h of forward is when it is done."""
+    cdef int64_t i
+    cdef real s, silu, d
+    for i in range(F):
+        d, s = h[i], sigmoid_real(gate[i])
+        silu = gate[i] * s
+        dgate[i] = d * up[i] * (s + silu * (<real>1 - s))
+        dup[i] = d * silu
+        h[i] = silu * up[i]
 
 
 TWINS = {"swiglu_forward": swiglu_forward, "swiglu_backward": swiglu_backward}
