@@ -14,17 +14,16 @@ from libc.stdint cimport int64_t
 
 from minisb.cpu.common cimport real
 from minisb.cpu.strips cimport (
-    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TALL_ROWS, TILE_BYTES, multiply_packed, multiply_strips, pack_panels,
-    slice_rows,
+    BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, add_sum, keep_rows, multiply_strips, pack_panels,
+    second_cache,
 )
 from minisb.cpu.swiglu cimport swiglu_again_row, swiglu_row
 
 from minisb.cpu.linear import room
 from minisb.ops import ffn as reference
 
-cdef int64_t BYTES = 256 * 1024  # of gate, up and h in a block, about: half the second cache
-cdef int64_t DEPTHS = 4
-cdef int64_t OWN = BLOCK_STRIPS * TALL_ROWS * BLOCK_K + TILE_BYTES  # values that a product of strips packs
+cdef int64_t BYTES = min(max(second_cache() // 2, 256 * 1024), 1024 * 1024)  # of gate, up and h in a block
+cdef int64_t TOGETHER = 4 * DEPTH  # rows after which the weights' gradients are brought up to date
 
 
 def ffn_forward(be, x, w_in, w_out):
@@ -54,16 +53,14 @@ def ffn_backward(be, dy, saved, w_in, w_out, dw_in, dw_out):
         return reference.ffn_backward.reference(be, dy, saved, w_in, w_out, dw_in, dw_out)
     w_in, w_out, gate_up, x = [np.ascontiguousarray(a) for a in (w_in, w_out, gate_up, x)]
     dx = np.empty((N, C), dy.dtype)
-    size = _rows(F, dy.itemsize)
-    depth = size * max(1, BLOCK_K // size)
     packed = [_packed("in", C, 2 * F, dy.dtype), _packed("out", F, C, dy.dtype)]
-    sliced = [_packed(name, DEPTHS * depth, n, dy.dtype) for name, n in (("dgate_up", 2 * F), ("x", C), ("dy", C), ("h", F))]
-    own = room("own", be.threads * _own(3 * size * F), dy.dtype)
+    sliced = [_packed(name, TOGETHER, n, dy.dtype) for name, n in (("dgate_up", 2 * F), ("x", C), ("dy", C), ("h", F))]
+    own = room("own", be.threads * _own(3 * _rows(F, dy.itemsize) * F), dy.dtype)
     arrays = rows, x.reshape(N, C), gate_up.reshape(N, 2 * F), w_in, w_out, dx, dw_in, dw_out, *packed, *sliced, own
     if dy.dtype == np.float32:
-        _backward[float](be.threads, size, depth, *arrays)
+        _backward[float](be.threads, *arrays)
     else:
-        _backward[double](be.threads, size, depth, *arrays)
+        _backward[double](be.threads, *arrays)
     return dx.reshape(dy.shape)
 
 
@@ -72,8 +69,11 @@ cdef bint _pays(int64_t N, int64_t C, int64_t F):
 
 
 cdef int64_t _rows(int64_t F, int64_t size) noexcept nogil:
-    """Of a block."""
-    return max(2, min(BLOCK_STRIPS, BYTES // (3 * F * size * TALL_ROWS))) * TALL_ROWS
+    """Of a block: whole strips, and DEPTH is a multiple."""
+    cdef int64_t strips = BLOCK_STRIPS
+    while strips > 2 and (DEPTH % (strips * TALL_ROWS) or strips * TALL_ROWS * 3 * F * size > BYTES):
+        strips -= 1
+    return strips * TALL_ROWS
 
 
 cdef int64_t _own(int64_t values):
@@ -108,32 +108,34 @@ cdef void _forward_rows(int64_t rows, int64_t C, int64_t F, const real* x, const
     multiply_strips(0, rows, C, F, h, F, packed_out, 0, y, C, 0, strips, own)
 
 
-cdef _backward(int threads, int64_t size, int64_t depth, const real[:, ::1] dy, const real[:, ::1] x,
-               const real[:, ::1] gate_up, const real[:, ::1] w_in, const real[:, ::1] w_out, real[:, ::1] dx,
-               real[:, ::1] dw_in, real[:, ::1] dw_out, real[::1] packed_in, real[::1] packed_out,
-               real[::1] dgate_up, real[::1] x_panels, real[::1] dy_strips, real[::1] h_panels, real[::1] own):
-    """Blocks of `size` rows; after DEPTHS * depth rows of them the weights' gradients are brought up to date."""
-    cdef int64_t N = dy.shape[0], C = dy.shape[1], F = w_out.shape[1], part, start, rows, low, i
+cdef _backward(int threads, const real[:, ::1] dy, const real[:, ::1] x, const real[:, ::1] gate_up,
+               const real[:, ::1] w_in, const real[:, ::1] w_out, real[:, ::1] dx, real[:, ::1] dw_in,
+               real[:, ::1] dw_out, real[::1] packed_in, real[::1] packed_out, real[::1] dgate_up, real[::1] kept_x,
+               real[::1] kept_dy, real[::1] kept_h, real[::1] own):
+    cdef int64_t N = dy.shape[0], C = dy.shape[1], F = w_out.shape[1], size = _rows(F, sizeof(real)), n, part, at, all, i
     cdef int64_t share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
-    cdef real* mine
+    cdef real *mine, *h, *d
     with nogil, parallel(num_threads=threads):
         mine = &own[threadid() * share]
+        h = mine + OWN
+        d = h + size * F
         for i in prange(_panels(C, sizeof(real)) + _panels(F, sizeof(real)), schedule="static"):
             _pack(0, C, F, &w_in[0, 0], &w_out[0, 0], &packed_in[0], &packed_out[0], i)
-        for part in range((N + DEPTHS * depth - 1) // (DEPTHS * depth)):
-            start = part * DEPTHS * depth
-            rows = min(DEPTHS * depth, N - start)
-            for i in prange((rows + size - 1) // size, schedule="dynamic"):
-                low = start + i * size
-                _backward_rows(min(size, N - low), C, F, &dy[low, 0], &gate_up[low, 0], &packed_in[0],
-                               &packed_out[0], mine + OWN, mine + OWN + size * F, &dx[low, 0], mine)
-                _slices(min(size, N - low), C, F, i * size, depth, rows, mine + OWN + size * F, &x[low, 0],
-                        &dy[low, 0], mine + OWN, &dgate_up[0], &x_panels[0], &dy_strips[0], &h_panels[0])
+        for part in range((N + TOGETHER - 1) // TOGETHER):
+            all = min(TOGETHER, N - part * TOGETHER)
+            for i in prange((all + size - 1) // size, schedule="dynamic"):
+                at, n = part * TOGETHER + i * size, min(size, all - i * size)
+                _backward_rows(n, C, F, &dy[at, 0], &gate_up[at, 0], &packed_in[0], &packed_out[0], h, d, &dx[at, 0],
+                               mine)
+                keep_rows(1, 2 * F, n, d, 2 * F, i * size, all, &dgate_up[0])
+                keep_rows(0, C, n, &x[at, 0], C, i * size, all, &kept_x[0])
+                keep_rows(1, C, n, &dy[at, 0], C, i * size, all, &kept_dy[0])
+                keep_rows(0, F, n, h, F, i * size, all, &kept_h[0])
             for i in prange(6 * threads, schedule="dynamic"):
                 if i < 2 * threads:
-                    _sum(C, F, rows, depth, &dy_strips[0], &h_panels[0], &dw_out[0, 0], i, 2 * threads)
+                    add_sum(C, F, all, &kept_dy[0], &kept_h[0], &dw_out[0, 0], F, i, 2 * threads)
                 else:
-                    _sum(2 * F, C, rows, depth, &dgate_up[0], &x_panels[0], &dw_in[0, 0], i - 2 * threads, 4 * threads)
+                    add_sum(2 * F, C, all, &dgate_up[0], &kept_x[0], &dw_in[0, 0], C, i - 2 * threads, 4 * threads)
 
 
 cdef void _backward_rows(int64_t rows, int64_t C, int64_t F, const real* dy, const real* gate_up, const real* packed_in,
@@ -145,32 +147,6 @@ cdef void _backward_rows(int64_t rows, int64_t C, int64_t F, const real* dy, con
         gate, up = 2 * r * F, (2 * r + 1) * F
         swiglu_again_row(h + r * F, gate_up + gate, gate_up + up, dgate_up + gate, dgate_up + up, F)
     multiply_strips(0, rows, C, 2 * F, dgate_up, 2 * F, packed_in, 0, dx, C, 0, strips, own)
-
-
-cdef void _slices(int64_t rows, int64_t C, int64_t F, int64_t at, int64_t depth, int64_t all, const real* dgate_up,
-                  const real* x, const real* dy, const real* h, real* dgate_up_strips, real* x_panels,
-                  real* dy_strips, real* h_panels) noexcept nogil:
-    """A block's rows as rows at .. of what the weights' gradients are made of, `depth` of `all` rows together."""
-    cdef int64_t first = at // depth * depth, columns = TILE_BYTES // sizeof(real)
-    at, depth = at - first, min(depth, all - first)
-    slice_rows(2 * F, rows, dgate_up, at, depth, dgate_up_strips + first * _up(2 * F, TALL_ROWS), <real*>NULL)
-    slice_rows(C, rows, dy, at, depth, dy_strips + first * _up(C, TALL_ROWS), <real*>NULL)
-    slice_rows(C, rows, x, at, depth, <real*>NULL, x_panels + first * _up(C, columns))
-    slice_rows(F, rows, h, at, depth, <real*>NULL, h_panels + first * _up(F, columns))
-
-
-cdef void _sum(int64_t m, int64_t n, int64_t rows, int64_t depth, const real* strips, const real* panels, real* c,
-               int64_t i, int64_t parts) noexcept nogil:
-    """Part i of c (m x n) += a^T b over so many rows, as _slices left them."""
-    cdef int64_t count = (m + TALL_ROWS - 1) // TALL_ROWS, wide = _up(n, TILE_BYTES // sizeof(real)), block, first
-    for block in range((rows + depth - 1) // depth):
-        first = block * depth
-        multiply_packed(m, n, min(depth, rows - first), strips + first * count * TALL_ROWS, panels + first * wide, c,
-                        count * i // parts, count * (i + 1) // parts)
-
-
-cdef inline int64_t _up(int64_t n, int64_t unit) noexcept nogil:
-    return (n + unit - 1) // unit * unit
 
 
 cdef inline int64_t _panels(int64_t n, int64_t size) noexcept nogil:

@@ -4,7 +4,12 @@
 #include <string.h>
 #include "tile.h"
 
-enum { BLOCK_K = 256, BLOCK_STRIPS = 20 };
+enum {
+    BLOCK_K = 256,
+    BLOCK_STRIPS = 20,
+    OWN = BLOCK_STRIPS * TALL_ROWS * BLOCK_K, /* values that a thread packs at a time: whole cache lines */
+    DEPTH = 240 /* rows of a weight gradient's sum that are packed together: whole strips, with many divisors */
+};
 
 /* Compiled for a machine with AVX2 our strips outrun NumPy's BLAS at the sizes of a training step
    (see NOTES.md).  Elsewhere BLAS knows the machine better: a build for any processor leaves the
@@ -14,6 +19,18 @@ enum { STRIPS_PAY = 1 };
 #else
 enum { STRIPS_PAY = 0 };
 #endif
+
+/* Bytes of a core's second cache, 0 where the system does not say. */
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+static inline int64_t second_cache(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    return sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    return 0;
+#endif
+}
 
 #ifdef __GNUC__
 #define FLATTEN __attribute__((flatten, noinline))

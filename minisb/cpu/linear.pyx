@@ -16,14 +16,19 @@ from libc.stdint cimport int64_t
 from minisb import blas
 from minisb.cpu.common cimport gemm_init, gemm_real, real
 from minisb.cpu.strips cimport (
-    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TALL_ROWS, dots, multiply_strips, pack_panels,
+    BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, add_sum, dots, keep_rows, multiply_strips,
+    pack_panels,
 )
+
+from minisb.ops import linear as reference
 
 cdef object _addresses = blas.gemm_addresses()
 gemm_init(_addresses[0], _addresses[1], _addresses[2])
 
 cdef int64_t SLICE = 256   # rows of a slice, about
 cdef int64_t MOST = 16     # slices at most: each one packs the other matrix again
+cdef int64_t BLOCK = DEPTH // 2  # rows of dx that a thread takes at a time
+cdef int64_t TOGETHER = 4 * DEPTH  # rows after which dw is brought up to date
 
 
 def linear_forward(be, x, w, b=None, out=None):
@@ -32,6 +37,56 @@ def linear_forward(be, x, w, b=None, out=None):
     y = np.empty((*x.shape[:last], w.shape[0]), x.dtype) if out is None else out
     gemm(be, x.reshape(-1, x.shape[last]), w, out=y.reshape(-1, w.shape[0]), tb=True, bias=b)
     return y
+
+
+def linear_backward(be, dy, x, w, dw, db=None, dx=None):
+    """See ops/linear.py.  Rows of dy and x are packed for dw while they are in cache for dx."""
+    O, I = w.shape
+    rows, xs = _rows(dy.reshape(-1, O)), _rows(x.reshape(-1, I))
+    N = len(rows)
+    if not STRIPS_PAY or N < 4 * TALL_ROWS or N * O * I < 1 << 18:
+        return reference.linear_backward.reference(be, dy, x, w, dw, db, dx)
+    accumulate = dx is not None
+    if dx is None:
+        dx = np.empty((*dy.shape[: dy.ndim - 1], I), dy.dtype)
+    blocks = (N + BLOCK - 1) // BLOCK
+    partial = np.zeros((blocks, 0 if db is None else db.size), dy.dtype)
+    packed = [room(name, (n + TILE_BYTES) * (k + TILE_BYTES), dy.dtype)
+              for name, k, n in (("packed", O, I), ("dy", TOGETHER, O), ("x", TOGETHER, I))]
+    own = room("own", be.threads * OWN, dy.dtype)
+    arrays = rows, xs, w, dw, dx.reshape(-1, I), partial, *packed, own
+    if dy.dtype == np.float32:
+        _backward[float](be.threads, accumulate, *arrays)
+    else:
+        _backward[double](be.threads, accumulate, *arrays)
+    if db is not None:
+        db += partial.sum(0)
+    return dx
+
+
+cdef _backward(int threads, bint accumulate, const real[:, :] dy, const real[:, :] x, const real[:, :] w, real[:, :] dw,
+               real[:, ::1] dx, real[:, ::1] partial, real[::1] packed, real[::1] kept_dy, real[::1] kept_x,
+               real[::1] own):
+    cdef int64_t N = dy.shape[0], O = w.shape[0], I = w.shape[1], J = partial.shape[1], n, part, at, all, i, r, j
+    cdef int64_t ldy = dy.strides[0] // sizeof(real), ldx = x.strides[0] // sizeof(real)
+    cdef int64_t panels = (I * sizeof(real) + TILE_BYTES - 1) // TILE_BYTES
+    with nogil, parallel(num_threads=threads):
+        for i in prange(threads, schedule="static"):
+            pack_panels(0, O, I, &w[0, 0], w.strides[0] // sizeof(real), &packed[0], panels * i // threads,
+                        panels * (i + 1) // threads)
+        for part in range((N + TOGETHER - 1) // TOGETHER):
+            all = min(TOGETHER, N - part * TOGETHER)
+            for i in prange((all + BLOCK - 1) // BLOCK, schedule="dynamic"):
+                at, n = part * TOGETHER + i * BLOCK, min(BLOCK, all - i * BLOCK)
+                multiply_strips(0, n, I, O, &dy[at, 0], ldy, &packed[0], accumulate, &dx[at, 0], I, 0,
+                                (n + TALL_ROWS - 1) // TALL_ROWS, &own[threadid() * OWN])
+                keep_rows(1, O, n, &dy[at, 0], ldy, i * BLOCK, all, &kept_dy[0])
+                keep_rows(0, I, n, &x[at, 0], ldx, i * BLOCK, all, &kept_x[0])
+                for r in range(n if J else 0):
+                    for j in range(J):
+                        partial[at // BLOCK, j] += dy[at + r, j]
+            for i in prange(4 * threads, schedule="dynamic"):
+                add_sum(O, I, all, &kept_dy[0], &kept_x[0], &dw[0, 0], dw.strides[0] // sizeof(real), i, 4 * threads)
 
 
 def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False, bias=None):
@@ -91,8 +146,7 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
     cdef int used = threads if m * n * k > 1 << 18 else 1
     # Few strips are shared out evenly, so that each thread reads the packed panels once.
     cdef int64_t blocks = strips // BLOCK_STRIPS if strips > 4 * used * BLOCK_STRIPS else used
-    cdef int64_t share = BLOCK_STRIPS * TALL_ROWS * BLOCK_K + 16
-    cdef real[::1] own = room("own", used * share, dtype)
+    cdef real[::1] own = room("own", used * OWN, dtype)
     cdef const real* added = NULL if bias is None else &bias[0]
     cdef int64_t biased = 0 if bias is None else bias.shape[0]
     with nogil, parallel(num_threads=used):
@@ -100,7 +154,7 @@ cdef _by_strips(int threads, real[:, :] a, real[:, :] b, real[:, :] c, real[::1]
             pack_panels(tb, k, n, &b[0, 0], ldb, &packed[0], panels * i // used, panels * (i + 1) // used)
         for i in prange(blocks, schedule="dynamic"):
             multiply_strips(ta, m, n, k, &a[0, 0], lda, &packed[0], accumulate, &c[0, 0], ldc,
-                            strips * i // blocks, strips * (i + 1) // blocks, &own[threadid() * share])
+                            strips * i // blocks, strips * (i + 1) // blocks, &own[threadid() * OWN])
             _add_bias(added, biased, &c[0, 0], ldc, strips * i // blocks * TALL_ROWS,
                       min(m, strips * (i + 1) // blocks * TALL_ROWS))
 
@@ -142,4 +196,4 @@ cdef _by_slices(int threads, real[:, :] a, real[:, :] b, real[:, :] c, bint ta, 
                       beta, pc + start, ldc)
 
 
-TWINS = {"linear_forward": linear_forward}
+TWINS = {"linear_forward": linear_forward, "linear_backward": linear_backward}

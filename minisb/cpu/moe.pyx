@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from minisb import blas
 from minisb.cpu.common cimport aligned, exp_real, gemm_init, gemm_real, real, row_max, team
 from minisb.cpu.strips cimport (
-    BLOCK_K, BLOCK_STRIPS, STRIPS_PAY, TILE_BYTES, TALL_ROWS, dots, multiply_strips, pack_panels,
+    OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, dots, multiply_strips, pack_panels,
 )
 from minisb.ops.moe import Plan
 
@@ -269,7 +269,7 @@ cdef _grouped(int threads, const real[:, :] x, const real[:, :, ::1] w, const in
     cdef int64_t ldx = x.strides[0] // sizeof(real), ldy = y.strides[0] // sizeof(real)
     cdef int64_t columns = _columns(I, O, sizeof(real)), blocks = (O + columns - 1) // columns
     cdef int used = threads if x.shape[0] * O * I > 1 << 18 else 1
-    cdef int64_t room = _room(I, columns, sizeof(real))
+    cdef int64_t room = _room(I, columns)
     cdef real[::1] scratch = np.empty(used * room + TILE_BYTES, np.asarray(y).dtype)
     cdef Product z = Product(0, 1, 0, ldx, I, ldy, columns)
     for task in prange(E * blocks, nogil=True, schedule="dynamic", num_threads=used):
@@ -292,7 +292,7 @@ cdef _grouped_backward(int threads, const real[:, :] dy, const real[:, :] x, con
     cdef int64_t columns = _columns(O, I, sizeof(real)), blocks = (I + columns - 1) // columns
     cdef int64_t columns_w = _columns(most, I, sizeof(real)), blocks_w = (I + columns_w - 1) // columns_w
     cdef int used = threads if x.shape[0] * O * I > 1 << 18 else 1
-    cdef int64_t room = max(_room(O, columns, sizeof(real)), _room(most, columns_w, sizeof(real)))
+    cdef int64_t room = max(_room(O, columns), _room(most, columns_w))
     cdef real[::1] scratch = np.empty(used * room + TILE_BYTES, np.asarray(dx).dtype)
     cdef Product z = Product(0, 0, accumulate, lddy, I, lddx, columns)
     cdef Product z_w = Product(1, 0, 1, lddy, ldx, I, columns_w)
@@ -317,7 +317,7 @@ cdef void _product(Product* z, int64_t m, int64_t n, int64_t k, const real* a, c
                    real* scratch) noexcept nogil:
     """c (m,n) (+)= op(a) op(b), as linear.pyx does it: dots, our strips, or BLAS."""
     cdef int64_t tile = TILE_BYTES // sizeof(real)
-    cdef real* packed = scratch + _own(sizeof(real))
+    cdef real* packed = scratch + OWN
     if m == 1 and z.tb and not z.ta and not z.add:
         dots(n, k, a, b, z.ldb, <real>0, c)
     elif not STRIPS_PAY or m < 4 * TALL_ROWS:
@@ -334,13 +334,9 @@ cdef int64_t _columns(int64_t depth, int64_t most, int64_t size) noexcept:
     return max(tile, min(fitting, (most + tile - 1) // tile * tile))
 
 
-cdef inline int64_t _own(int64_t size) noexcept nogil:
-    """Values of room for packed strips, whole cache lines."""
-    return (BLOCK_STRIPS * TALL_ROWS * BLOCK_K + 16) * size // TILE_BYTES * TILE_BYTES // size + TILE_BYTES
-
-
-cdef int64_t _room(int64_t depth, int64_t columns, int64_t size) noexcept:
-    return (_own(size) + depth * columns) + TILE_BYTES - (_own(size) + depth * columns) % TILE_BYTES
+cdef int64_t _room(int64_t depth, int64_t columns) noexcept:
+    """A task's own: for packed strips, and for its columns.  Whole cache lines."""
+    return (OWN + depth * columns + TILE_BYTES) // TILE_BYTES * TILE_BYTES
 
 
 cdef _rows(x):

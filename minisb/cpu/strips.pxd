@@ -4,7 +4,8 @@ from libc.stdint cimport int64_t
 from minisb.cpu.common cimport real
 
 cdef extern from "linear.h" nogil:
-    enum: TALL_ROWS, TILE_BYTES, BLOCK_K, BLOCK_STRIPS, STRIPS_PAY
+    enum: TALL_ROWS, TILE_BYTES, BLOCK_STRIPS, OWN, DEPTH, STRIPS_PAY
+    int64_t second_cache()
     void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
                          int64_t last)
     void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,
@@ -47,32 +48,38 @@ cdef inline void multiply_strips(int ta, int64_t m, int64_t n, int64_t k, const 
         gemm_strips_double(ta, m, n, k, a, lda, packed, accumulate, c, ldc, first, last, own)
 
 
-cdef inline void slice_rows(int64_t n, int64_t rows, const real* x, int64_t at, int64_t depth, real* strips,
-                            real* panels) noexcept nogil:
-    """Rows of x (rows x n) as rows at .. of x^T's packed strips (on the left of a product) or of x's packed
-    panels (on its right), whichever is not NULL; `depth` rows in all."""
-    cdef int64_t columns = TILE_BYTES // sizeof(real)
-    cdef int64_t count = (n + TALL_ROWS - 1) // TALL_ROWS if strips else (n + columns - 1) // columns
+cdef inline void keep_rows(bint left, int64_t n, int64_t rows, const real* x, int64_t ldx, int64_t at, int64_t all,
+                           real* to) noexcept nogil:
+    """Rows at .. of `all` rows x (all x n), packed for add_sum while they are in cache: left or right of its sum.
+    They do not go beyond a multiple of DEPTH."""
+    cdef int64_t unit = TALL_ROWS if left else TILE_BYTES // sizeof(real), count = (n + unit - 1) // unit
+    cdef int64_t first = at // DEPTH * DEPTH, depth = min(DEPTH, all - first)
+    to += (first * count + at - first) * unit
     if real is float:
-        if strips:
-            slice_strips_float(n, rows, x, n, depth, strips + at * TALL_ROWS, 0, count)
+        if left:
+            slice_strips_float(n, rows, x, ldx, depth, to, 0, count)
         else:
-            slice_panels_float(n, rows, x, n, depth, panels + at * columns, 0, count)
+            slice_panels_float(n, rows, x, ldx, depth, to, 0, count)
     else:
-        if strips:
-            slice_strips_double(n, rows, x, n, depth, strips + at * TALL_ROWS, 0, count)
+        if left:
+            slice_strips_double(n, rows, x, ldx, depth, to, 0, count)
         else:
-            slice_panels_double(n, rows, x, n, depth, panels + at * columns, 0, count)
+            slice_panels_double(n, rows, x, ldx, depth, to, 0, count)
 
 
-cdef inline void multiply_packed(int64_t m, int64_t n, int64_t depth, const real* strips, const real* panels, real* c,
-                                 int64_t first, int64_t last) noexcept nogil:
-    """Strips first .. last-1 of c (m x n) += those packed strips times the packed panels."""
-    strips += first * depth * TALL_ROWS
-    if real is float:
-        gemm_block_float(m, n, depth, strips, NULL, 0, panels, 1, c, n, first, last)
-    else:
-        gemm_block_double(m, n, depth, strips, NULL, 0, panels, 1, c, n, first, last)
+cdef inline void add_sum(int64_t m, int64_t n, int64_t all, const real* left, const real* right, real* c, int64_t ldc,
+                         int64_t i, int64_t parts) noexcept nogil:
+    """Part i of c (m x n) += x^T y, of which keep_rows packed all the rows."""
+    cdef int64_t count = (m + TALL_ROWS - 1) // TALL_ROWS, unit = TILE_BYTES // sizeof(real), wide = (n + unit - 1) // unit * unit
+    cdef int64_t first = count * i // parts, last = count * (i + 1) // parts, block, depth
+    for block in range((all + DEPTH - 1) // DEPTH):
+        depth = min(DEPTH, all - block * DEPTH)
+        if real is float:
+            gemm_block_float(m, n, depth, left + (block * DEPTH * count + first * depth) * TALL_ROWS, NULL, 0,
+                             right + block * DEPTH * wide, 1, c, ldc, first, last)
+        else:
+            gemm_block_double(m, n, depth, left + (block * DEPTH * count + first * depth) * TALL_ROWS, NULL, 0,
+                              right + block * DEPTH * wide, 1, c, ldc, first, last)
 
 
 cdef inline void dots(int64_t n, int64_t k, const real* x, const real* w, int64_t ldw, real beta,
