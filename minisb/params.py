@@ -39,6 +39,17 @@ def count(specs: list[Spec]) -> int:
     return sum(spec.size for spec in specs)
 
 
+def _zeros(xp, size: int, dtype):
+    """Zeros that start on a cache line, where NumPy starts anywhere: a product that adds to rows across lines
+    takes a quarter longer."""
+    if xp is not np:
+        return xp.zeros(size, dtype)
+    line = 64 // np.dtype(dtype).itemsize
+    zeros = np.zeros(size + line, dtype)
+    start = -zeros.ctypes.data % 64 // zeros.itemsize
+    return zeros[start : start + size]
+
+
 class ParamStore:
     """Flat buffers with named views.
 
@@ -64,11 +75,11 @@ class ParamStore:
             if decay:
                 self.decayed = end
         self.size = end
-        self.flat_p = xp.zeros(end, dtype)
-        self.flat_w = self.flat_p if activations in (None, dtype) else xp.zeros(end, activations)
-        self.flat_g = xp.zeros(end, dtype)
-        self.flat_m = xp.zeros(end if optimizer else 0, dtype)
-        self.flat_v = xp.zeros(end if optimizer else 0, dtype)
+        self.flat_p = _zeros(xp, end, dtype)
+        self.flat_w = self.flat_p if activations in (None, dtype) else _zeros(xp, end, activations)
+        self.flat_g = _zeros(xp, end, dtype)
+        self.flat_m = _zeros(xp, end if optimizer else 0, dtype)
+        self.flat_v = _zeros(xp, end if optimizer else 0, dtype)
         self.p = {spec.name: self._view(self.flat_p, spec) for spec in specs}
         self.g = {spec.name: self._view(self.flat_g, spec) for spec in specs}
 

@@ -183,7 +183,8 @@ def project(n_in, n_out, biased):
     def inputs(rng, T):
         return {"x": normal(rng, 2, T, n_in), "w": normal(rng, n_out, n_in), "b": normal(rng, biased)}
 
-    return Case(f"linear-{n_in}-{n_out}", ("linear_forward",), inputs, forward, backward, ("w", "b"), local=False)
+    natives = "linear_forward", "linear_backward"
+    return Case(f"linear-{n_in}-{n_out}", natives, inputs, forward, backward, ("w", "b"), local=False)
 
 
 def embed(V, C):

@@ -75,7 +75,7 @@ def test_gemm_keeps_nan(name):
 
 @every_name
 @every_dtype
-@pytest.mark.parametrize("T", [1, 63])
+@pytest.mark.parametrize("T", [1, 63, 700])
 def test_projection_with_a_bias_over_fewer_outputs(name, dtype, limit, T):
     be = backend_of(name, "linear")
     rng = np.random.default_rng(0)

@@ -15,14 +15,13 @@ from libc.stdint cimport int64_t
 from minisb.cpu.common cimport real
 from minisb.cpu.strips cimport (
     BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, add_sum, keep_rows, multiply_strips, pack_panels,
-    second_cache,
 )
 from minisb.cpu.swiglu cimport swiglu_again_row, swiglu_row
 
 from minisb.cpu.linear import room
 from minisb.ops import ffn as reference
 
-cdef int64_t BYTES = min(max(second_cache() // 2, 256 * 1024), 1024 * 1024)  # of gate, up and h in a block
+cdef int64_t BYTES = 256 * 1024  # of gate, up and h in a block, about: half of a small second cache
 cdef int64_t TOGETHER = 4 * DEPTH  # rows after which the weights' gradients are brought up to date
 
 

@@ -20,18 +20,6 @@ enum { STRIPS_PAY = 1 };
 enum { STRIPS_PAY = 0 };
 #endif
 
-/* Bytes of a core's second cache, 0 where the system does not say. */
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
-static inline int64_t second_cache(void) {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    return sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-    return 0;
-#endif
-}
-
 #ifdef __GNUC__
 #define FLATTEN __attribute__((flatten, noinline))
 #else

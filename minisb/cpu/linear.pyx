@@ -4,6 +4,8 @@ Three ways, chosen by shape alone: a single row (decoding) is a dot product a we
 products go through our own strips (gemm.h); what is left goes to NumPy's BLAS, one slice a call
 and a thread.  None cuts a sum by the number of threads, so 1, 2 and 4 threads give the same bits,
 and BLAS's own pool of threads, which would fight with OpenMP's, stays asleep.
+
+Backward is one operation: what dw is a sum of is packed while dx brings it into the cache.
 """
 
 import threading
@@ -44,7 +46,7 @@ def linear_backward(be, dy, x, w, dw, db=None, dx=None):
     O, I = w.shape
     rows, xs = _rows(dy.reshape(-1, O)), _rows(x.reshape(-1, I))
     N = len(rows)
-    if not STRIPS_PAY or N < 4 * TALL_ROWS or N * O * I < 1 << 18:
+    if not STRIPS_PAY or N < 4 * TALL_ROWS or N * O * I <= 1 << 15:
         return reference.linear_backward.reference(be, dy, x, w, dw, db, dx)
     accumulate = dx is not None
     if dx is None:
@@ -70,10 +72,11 @@ cdef _backward(int threads, bint accumulate, const real[:, :] dy, const real[:, 
     cdef int64_t N = dy.shape[0], O = w.shape[0], I = w.shape[1], J = partial.shape[1], n, part, at, all, i, r, j
     cdef int64_t ldy = dy.strides[0] // sizeof(real), ldx = x.strides[0] // sizeof(real)
     cdef int64_t panels = (I * sizeof(real) + TILE_BYTES - 1) // TILE_BYTES
-    with nogil, parallel(num_threads=threads):
-        for i in prange(threads, schedule="static"):
-            pack_panels(0, O, I, &w[0, 0], w.strides[0] // sizeof(real), &packed[0], panels * i // threads,
-                        panels * (i + 1) // threads)
+    cdef int used = threads if N * O * I > 1 << 18 else 1
+    with nogil, parallel(num_threads=used):
+        for i in prange(used, schedule="static"):
+            pack_panels(0, O, I, &w[0, 0], w.strides[0] // sizeof(real), &packed[0], panels * i // used,
+                        panels * (i + 1) // used)
         for part in range((N + TOGETHER - 1) // TOGETHER):
             all = min(TOGETHER, N - part * TOGETHER)
             for i in prange((all + BLOCK - 1) // BLOCK, schedule="dynamic"):
@@ -85,8 +88,8 @@ cdef _backward(int threads, bint accumulate, const real[:, :] dy, const real[:, 
                 for r in range(n if J else 0):
                     for j in range(J):
                         partial[at // BLOCK, j] += dy[at + r, j]
-            for i in prange(4 * threads, schedule="dynamic"):
-                add_sum(O, I, all, &kept_dy[0], &kept_x[0], &dw[0, 0], dw.strides[0] // sizeof(real), i, 4 * threads)
+            for i in prange(4 * used, schedule="dynamic"):
+                add_sum(O, I, all, &kept_dy[0], &kept_x[0], &dw[0, 0], dw.strides[0] // sizeof(real), i, 4 * used)
 
 
 def gemm(be, a, b, out=None, bint ta=False, bint tb=False, bint accumulate=False, bias=None):

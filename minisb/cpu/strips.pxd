@@ -5,7 +5,6 @@ from minisb.cpu.common cimport real
 
 cdef extern from "linear.h" nogil:
     enum: TALL_ROWS, TILE_BYTES, BLOCK_STRIPS, OWN, DEPTH, STRIPS_PAY
-    int64_t second_cache()
     void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
                          int64_t last)
     void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,
