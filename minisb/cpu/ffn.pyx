@@ -109,10 +109,11 @@ cdef void _forward_rows(int64_t rows, int64_t C, int64_t F, const real* x, const
 
 cdef _backward(int threads, const real[:, ::1] dy, const real[:, ::1] x, const real[:, ::1] gate_up,
                const real[:, ::1] w_in, const real[:, ::1] w_out, real[:, ::1] dx, real[:, ::1] dw_in,
-               real[:, ::1] dw_out, real[::1] packed_in, real[::1] packed_out, real[::1] dgate_up, real[::1] kept_x,
+               real[:, ::1] dw_out, real[::1] packed_in, real[::1] packed_out, real[::1] kept_d, real[::1] kept_x,
                real[::1] kept_dy, real[::1] kept_h, real[::1] own):
-    cdef int64_t N = dy.shape[0], C = dy.shape[1], F = w_out.shape[1], size = _rows(F, sizeof(real)), n, part, at, all, i
-    cdef int64_t share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
+    """h, d: a block's h and dgate_up.  kept_: packed for the weights' gradients; their longer parts come first."""
+    cdef int64_t N = dy.shape[0], C = dy.shape[1], F = w_out.shape[1], part, at, all, n, i
+    cdef int64_t size = _rows(F, sizeof(real)), share = own.shape[0] // threads // TILE_BYTES * TILE_BYTES
     cdef real *mine, *h, *d
     with nogil, parallel(num_threads=threads):
         mine = &own[threadid() * share]
@@ -126,7 +127,7 @@ cdef _backward(int threads, const real[:, ::1] dy, const real[:, ::1] x, const r
                 at, n = part * TOGETHER + i * size, min(size, all - i * size)
                 _backward_rows(n, C, F, &dy[at, 0], &gate_up[at, 0], &packed_in[0], &packed_out[0], h, d, &dx[at, 0],
                                mine)
-                keep_rows(1, 2 * F, n, d, 2 * F, i * size, all, &dgate_up[0])
+                keep_rows(1, 2 * F, n, d, 2 * F, i * size, all, &kept_d[0])
                 keep_rows(0, C, n, &x[at, 0], C, i * size, all, &kept_x[0])
                 keep_rows(1, C, n, &dy[at, 0], C, i * size, all, &kept_dy[0])
                 keep_rows(0, F, n, h, F, i * size, all, &kept_h[0])
@@ -134,7 +135,7 @@ cdef _backward(int threads, const real[:, ::1] dy, const real[:, ::1] x, const r
                 if i < 2 * threads:
                     add_sum(C, F, all, &kept_dy[0], &kept_h[0], &dw_out[0, 0], F, i, 2 * threads)
                 else:
-                    add_sum(2 * F, C, all, &dgate_up[0], &kept_x[0], &dw_in[0, 0], C, i - 2 * threads, 4 * threads)
+                    add_sum(2 * F, C, all, &kept_d[0], &kept_x[0], &dw_in[0, 0], C, i - 2 * threads, 4 * threads)
 
 
 cdef void _backward_rows(int64_t rows, int64_t C, int64_t F, const real* dy, const real* gate_up, const real* packed_in,

@@ -69,8 +69,9 @@ cdef inline void keep_rows(bint left, int64_t n, int64_t rows, const real* x, in
 cdef inline void add_sum(int64_t m, int64_t n, int64_t all, const real* left, const real* right, real* c, int64_t ldc,
                          int64_t i, int64_t parts) noexcept nogil:
     """Part i of c (m x n) += x^T y, of which keep_rows packed all the rows."""
-    cdef int64_t count = (m + TALL_ROWS - 1) // TALL_ROWS, unit = TILE_BYTES // sizeof(real), wide = (n + unit - 1) // unit * unit
-    cdef int64_t first = count * i // parts, last = count * (i + 1) // parts, block, depth
+    cdef int64_t count = (m + TALL_ROWS - 1) // TALL_ROWS, unit = TILE_BYTES // sizeof(real)
+    cdef int64_t wide = (n + unit - 1) // unit * unit, first = count * i // parts, last = count * (i + 1) // parts
+    cdef int64_t block, depth
     for block in range((all + DEPTH - 1) // DEPTH):
         depth = min(DEPTH, all - block * DEPTH)
         if real is float:
