@@ -6,6 +6,7 @@ from conftest import backend_of
 
 from minisb.backend import CpuBackend
 from minisb.gradcheck import relative_rms
+from minisb.ops.ffn import ffn_backward, ffn_forward
 from minisb.ops.linear import linear_backward, linear_forward
 
 every_name = pytest.mark.parametrize("name", ["numpy", "cpu"])
@@ -98,3 +99,18 @@ def test_projection_with_a_bias_over_fewer_outputs(name, dtype, limit, T):
     assert relative_rms(dx, want_dx + before[2]) < limit
     assert relative_rms(dw, np.einsum("bto,bti->oi", dy.astype(np.float64), x) + before[0]) < limit
     assert relative_rms(db, dy[..., :4].astype(np.float64).sum((0, 1)) + before[1]) < limit
+
+
+@pytest.mark.parametrize("N", [240, 1100])
+def test_feed_forward_over_many_rows(N):
+    """Gradients of weights are brought up to date every 960 rows, 240 of which are packed together."""
+    rng, C, F = np.random.default_rng(0), 40, 55
+    x, dy, w_in, w_out = (rng.standard_normal(s) for s in ((N, C), (N, C), (2 * F, C), (C, F)))
+    results = []
+    for name in ("numpy", "cpu"):
+        be = backend_of(name, "ffn_forward", "ffn_backward")
+        dw_in, dw_out = np.ones_like(w_in), np.ones_like(w_out)
+        y, saved = ffn_forward(be, x, w_in, w_out)
+        results.append((y, ffn_backward(be, dy, saved, w_in, w_out, dw_in, dw_out), dw_in, dw_out))
+    for want, got in zip(*results, strict=True):
+        assert relative_rms(got, want) < 1e-13
