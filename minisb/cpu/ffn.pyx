@@ -14,15 +14,15 @@ from libc.stdint cimport int64_t
 
 from minisb.cpu.common cimport real
 from minisb.cpu.strips cimport (
-    BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, add_sum, keep_rows, multiply_strips, pack_panels,
+    BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, TOGETHER, add_sum, keep_rows, multiply_strips,
+    pack_panels,
 )
 from minisb.cpu.swiglu cimport swiglu_again_row, swiglu_row
 
-from minisb.cpu.linear import room
+from minisb.cpu.linear import packed_room, room
 from minisb.ops import ffn as reference
 
 cdef int64_t BYTES = 256 * 1024  # of gate, up and h in a block, about: half of a small second cache
-cdef int64_t TOGETHER = 4 * DEPTH  # rows after which the weights' gradients are brought up to date
 
 
 def ffn_forward(be, x, w_in, w_out):
@@ -33,7 +33,7 @@ def ffn_forward(be, x, w_in, w_out):
     if not _pays(N, C, F):
         return reference.ffn_forward.reference(be, x, w_in, w_out)
     gate_up, y = np.empty((N, 2 * F), x.dtype), np.empty((N, C), x.dtype)
-    packed_in, packed_out = _packed("in", C, 2 * F, x.dtype), _packed("out", F, C, x.dtype)
+    packed_in, packed_out = packed_room("in", C, 2 * F, x.dtype), packed_room("out", F, C, x.dtype)
     own = room("own", be.threads * _own(_rows(F, x.itemsize) * F), x.dtype)
     if x.dtype == np.float32:
         _forward[float](be.threads, rows, w_in, w_out, gate_up, y, packed_in, packed_out, own)
@@ -52,10 +52,10 @@ def ffn_backward(be, dy, saved, w_in, w_out, dw_in, dw_out):
         return reference.ffn_backward.reference(be, dy, saved, w_in, w_out, dw_in, dw_out)
     w_in, w_out, gate_up, x = [np.ascontiguousarray(a) for a in (w_in, w_out, gate_up, x)]
     dx = np.empty((N, C), dy.dtype)
-    packed = [_packed("in", C, 2 * F, dy.dtype), _packed("out", F, C, dy.dtype)]
-    sliced = [_packed(name, TOGETHER, n, dy.dtype) for name, n in (("dgate_up", 2 * F), ("x", C), ("dy", C), ("h", F))]
+    packed = [packed_room("in", C, 2 * F, dy.dtype), packed_room("out", F, C, dy.dtype)]
+    kept = [packed_room(name, TOGETHER, n, dy.dtype) for name, n in (("d", 2 * F), ("x", C), ("dy", C), ("h", F))]
     own = room("own", be.threads * _own(3 * _rows(F, dy.itemsize) * F), dy.dtype)
-    arrays = rows, x.reshape(N, C), gate_up.reshape(N, 2 * F), w_in, w_out, dx, dw_in, dw_out, *packed, *sliced, own
+    arrays = rows, x.reshape(N, C), gate_up.reshape(N, 2 * F), w_in, w_out, dx, dw_in, dw_out, *packed, *kept, own
     if dy.dtype == np.float32:
         _backward[float](be.threads, *arrays)
     else:
@@ -78,11 +78,6 @@ cdef int64_t _rows(int64_t F, int64_t size) noexcept nogil:
 cdef int64_t _own(int64_t values):
     """A thread's own room: for packed strips, and so many values.  Whole cache lines."""
     return (OWN + values + TILE_BYTES) // TILE_BYTES * TILE_BYTES
-
-
-def _packed(name, int64_t k, int64_t n, dtype):
-    """Room for a matrix packed in either direction."""
-    return room(name, (k + TILE_BYTES) * (n + TILE_BYTES), dtype)
 
 
 cdef _forward(int threads, const real[:, ::1] x, const real[:, ::1] w_in, const real[:, ::1] w_out,

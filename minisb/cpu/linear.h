@@ -8,7 +8,8 @@ enum {
     BLOCK_K = 256,
     BLOCK_STRIPS = 20,
     OWN = BLOCK_STRIPS * TALL_ROWS * BLOCK_K, /* values that a thread packs at a time: whole cache lines */
-    DEPTH = 240 /* rows of a weight gradient's sum that are packed together: whole strips, with many divisors */
+    DEPTH = 240,         /* rows of a weight gradient's sum that are packed together: whole strips, many divisors */
+    TOGETHER = 4 * DEPTH /* rows after which the gradient is brought up to date */
 };
 
 /* Compiled for a machine with AVX2 our strips outrun NumPy's BLAS at the sizes of a training step

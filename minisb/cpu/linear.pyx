@@ -18,8 +18,8 @@ from libc.stdint cimport int64_t
 from minisb import blas
 from minisb.cpu.common cimport gemm_init, gemm_real, real
 from minisb.cpu.strips cimport (
-    BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, add_sum, dots, keep_rows, multiply_strips,
-    pack_panels,
+    BLOCK_STRIPS, DEPTH, OWN, STRIPS_PAY, TALL_ROWS, TILE_BYTES, TOGETHER, add_sum, dots, keep_rows,
+    multiply_strips, pack_panels,
 )
 
 from minisb.ops import linear as reference
@@ -30,7 +30,6 @@ gemm_init(_addresses[0], _addresses[1], _addresses[2])
 cdef int64_t SLICE = 256   # rows of a slice, about
 cdef int64_t MOST = 16     # slices at most: each one packs the other matrix again
 cdef int64_t BLOCK = DEPTH // 2  # rows of dx that a thread takes at a time
-cdef int64_t TOGETHER = 4 * DEPTH  # rows after which dw is brought up to date
 
 
 def linear_forward(be, x, w, b=None, out=None):
@@ -53,10 +52,10 @@ def linear_backward(be, dy, x, w, dw, db=None, dx=None):
         dx = np.empty((*dy.shape[: dy.ndim - 1], I), dy.dtype)
     blocks = (N + BLOCK - 1) // BLOCK
     partial = np.zeros((blocks, 0 if db is None else db.size), dy.dtype)
-    packed = [room(name, (n + TILE_BYTES) * (k + TILE_BYTES), dy.dtype)
-              for name, k, n in (("packed", O, I), ("dy", TOGETHER, O), ("x", TOGETHER, I))]
+    packed = packed_room("packed", O, I, dy.dtype)
+    kept = [packed_room("dy", TOGETHER, O, dy.dtype), packed_room("x", TOGETHER, I, dy.dtype)]
     own = room("own", be.threads * OWN, dy.dtype)
-    arrays = rows, xs, w, dw, dx.reshape(-1, I), partial, *packed, own
+    arrays = rows, xs, w, dw, dx.reshape(-1, I), partial, packed, *kept, own
     if dy.dtype == np.float32:
         _backward[float](be.threads, accumulate, *arrays)
     else:
@@ -132,6 +131,11 @@ def room(str name, int64_t size, dtype):
         kept = np.empty(size + 64 // dtype.itemsize, dtype)
         kept = rooms[name, dtype] = kept[-kept.ctypes.data % 64 // dtype.itemsize :]
     return kept
+
+
+def packed_room(name, int64_t k, int64_t n, dtype):
+    """Room for a matrix packed in either direction."""
+    return room(name, (k + TILE_BYTES) * (n + TILE_BYTES), dtype)
 
 
 def _rows(x):

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t
 from minisb.cpu.common cimport real
 
 cdef extern from "linear.h" nogil:
-    enum: TALL_ROWS, TILE_BYTES, BLOCK_STRIPS, OWN, DEPTH, STRIPS_PAY
+    enum: TALL_ROWS, TILE_BYTES, BLOCK_STRIPS, OWN, DEPTH, TOGETHER, STRIPS_PAY
     void gemm_pack_float(int tb, int64_t k, int64_t n, const float* b, int64_t ldb, float* packed, int64_t first,
                          int64_t last)
     void gemm_pack_double(int tb, int64_t k, int64_t n, const double* b, int64_t ldb, double* packed, int64_t first,

@@ -47,30 +47,29 @@ def swiglu_backward(be, dh, saved):
 cdef _backward(int threads, const real[:, ::1] dh, const real[:, ::1] gate_up, real[:, ::1] dgate_up):
     cdef int64_t r, rows = dh.shape[0], F = dh.shape[1]
     for r in prange(rows, nogil=True, schedule="static", num_threads=team(threads, rows * F)):
-        swiglu_backward_row(&dh[r, 0], &gate_up[r, 0], &gate_up[r, F], &dgate_up[r, 0], &dgate_up[r, F], F)
+        _backward_row(&dh[r, 0], &gate_up[r, 0], &gate_up[r, F], &dgate_up[r, 0], &dgate_up[r, F], F)
 
 
-cdef void swiglu_backward_row(const real* dh, const real* gate, const real* up, real* dgate, real* dup,
-                              int64_t F) noexcept nogil:
+cdef inline real _backward_value(real dh, real gate, real up, real* dgate, real* dup) noexcept nogil:
+    """-> h, as forward had it: who has no use for it pays nothing."""
+    cdef real s = sigmoid_real(gate), silu = gate * s
+    dgate[0] = dh * up * (s + silu * (<real>1 - s))
+    dup[0] = dh * silu
+    return silu * up
+
+
+cdef void _backward_row(const real* dh, const real* gate, const real* up, real* dgate, real* dup,
+                        int64_t F) noexcept nogil:
     cdef int64_t i
-    cdef real s, silu, d
     for i in range(F):
-        d, s = dh[i], sigmoid_real(gate[i])
-        silu = gate[i] * s
-        dgate[i] = d * up[i] * (s + silu * (<real>1 - s))
-        dup[i] = d * silu
+        _backward_value(dh[i], gate[i], up[i], dgate + i, dup + i)
 
 
 cdef void swiglu_again_row(real* h, const real* gate, const real* up, real* dgate, real* dup, int64_t F) noexcept nogil:
-    """swiglu_backward_row with dh in h, where the h of forward is when it is done."""
+    """dh in h -> dgate, dup, and in h what forward had there."""
     cdef int64_t i
-    cdef real s, silu, d
     for i in range(F):
-        d, s = h[i], sigmoid_real(gate[i])
-        silu = gate[i] * s
-        dgate[i] = d * up[i] * (s + silu * (<real>1 - s))
-        dup[i] = d * silu
-        h[i] = silu * up[i]
+        h[i] = _backward_value(h[i], gate[i], up[i], dgate + i, dup + i)
 
 
 TWINS = {"swiglu_forward": swiglu_forward, "swiglu_backward": swiglu_backward}
